@@ -1,0 +1,527 @@
+"""The plan of one output: the type of every tensor and why, every fallback, and the size to the byte.
+
+A plan needs the source's header and nothing else: no tensor data, no library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apex_quant.errors import InputError, UsageError
+from apex_quant.gguf import (
+    GGMLType,
+    GGUFModel,
+    Layout,
+    TensorInfo,
+    TensorSpec,
+    Value,
+    ggml_type,
+    layout,
+    open_model,
+    shard_groups,
+    shard_layouts,
+    stock_order,
+)
+from apex_quant.importance import Importance
+from apex_quant.model import Role, TensorRole, ZoneRule, classify, facts_of, zone_rule
+from apex_quant.recipe.metadata import display_name, output_metadata, parse_kv_override
+from apex_quant.recipe.mixes import (
+    MIXES,
+    Choice,
+    Override,
+    allows_quantization,
+    mix_name,
+    requires_imatrix,
+    stock_types,
+)
+from apex_quant.recipe.pruning import pruned_metadata, pruned_names
+from apex_quant.recipe.recipe import (
+    Recipe,
+    first_matches,
+    match_overrides,
+    parse_override,
+    read_recipe,
+    recipe_of,
+)
+from apex_quant.recipe.stock_rules import category
+from apex_quant.recipe.tiers import Tier, find_tier, published_lines, with_cells
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the output. `source` is its name in the source (layers may be pruned and renumbered)."""
+
+    name: str
+    source: str
+    role: TensorRole
+    shape: tuple[int, ...]
+    source_type: GGMLType
+    type: GGMLType
+    wanted: GGMLType
+    nbytes: int
+    why: str
+
+    @property
+    def fallback_from(self) -> str | None:
+        """The type the recipe asked for, where the row length does not allow it."""
+        return self.wanted.name if self.wanted is not self.type else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays at the source's type because llama.cpp never quantizes it."""
+        return self.why.startswith("kept")
+
+    @property
+    def weights(self) -> int:
+        n = 1
+        for dim in self.shape:
+            n *= dim
+        return n
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "role": str(self.role.role),
+            "layer": self.role.layer,
+            "shape": list(self.shape),
+            "type": self.type.name,
+            "bytes": self.nbytes,
+            "fallback_from": self.fallback_from,
+            "source_type": self.source_type.name,
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One output file (or set of shards), decided in full. Made by `plan`."""
+
+    model: str
+    title: str
+    tier: str
+    file_type: int
+    zones: ZoneRule | None
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
+    layouts: tuple[Layout, ...] = field(repr=False)
+    groups: tuple[int, ...] = field(repr=False)
+    importance: bool
+    needs_importance: bool
+    missing_importance: tuple[str, ...]
+    requantized: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the finished file, or of all shards together."""
+        return sum(part.total_bytes for part in self.layouts)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors, as llama-quantize prints it."""
+        return self.tensor_bytes * 8 / max(1, sum(t.weights for t in self.tensors))
+
+    @property
+    def file_name(self) -> str:
+        """MODEL-APEX-I-Quality.gguf; without the .gguf for shards, which llama.cpp numbers itself."""
+        return f"{self.model}-{self.title}.gguf"
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable form (docs/json.md)."""
+        return {
+            "model": self.model,
+            "tier": self.tier,
+            "total_bytes": self.total_bytes,
+            "bpw": self.bpw,
+            "base": self.recipe.base,
+            "zones": str(self.zones) if self.zones else None,
+            "file_name": self.file_name,
+            "shards": len(self.layouts),
+            "importance": self.importance,
+            "recipe_sha256": self.recipe.sha256,
+            "tensors": [t.to_json() for t in self.tensors],
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What may be asked of a plan beyond the tier; the names are those of the command's flags."""
+
+    recipe: Path | None = None
+    like: Path | None = None
+    override: Sequence[str] = ()
+    cell: Sequence[str] = ()
+    published: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    leave_output_tensor: bool = False
+    pure: bool = False
+    override_kv: Sequence[str] = ()
+    prune_layers: Sequence[int] = ()
+    split_max_size: int | None = None
+    keep_split: bool = False
+    allow_requantize: bool = False
+
+
+_DEFAULTS = PlanOptions()
+
+
+def plan(
+    model: str | Path | GGUFModel,
+    tier: str | Tier | None = None,
+    *,
+    imatrix: str | Path | Importance | None = None,
+    options: PlanOptions = _DEFAULTS,
+) -> Plan:
+    """Decide one output of `model` (a path or an open model).
+
+    `tier` is a published tier, a .toml file, a `Tier`, or a llama-quantize mix such as Q4_K_M; None takes the
+    types from options.recipe or options.like alone. `imatrix` matters for the size of the header, for mixes that
+    differ with one, and for what is reported as missing.
+
+    Raises UsageError for options that contradict each other, InputError for files that do not fit.
+    """
+    if not isinstance(model, GGUFModel):
+        with open_model(model) as opened:
+            return plan(opened, tier, imatrix=imatrix, options=options)
+    if imatrix is not None and not isinstance(imatrix, Importance):
+        with Importance.read(imatrix) as read:
+            return plan(model, tier, imatrix=read, options=options)
+    return _Planner(model, tier, imatrix, options).plan()
+
+
+class _Planner:
+    """One call of `plan`: the steps share the model's facts and the source under its new names."""
+
+    def __init__(
+        self, model: GGUFModel, tier: str | Tier | None, imatrix: Importance | None, options: PlanOptions
+    ) -> None:
+        self.model, self.options = model, options
+        self.metadata = dict(model.metadata) | dict(parse_kv_override(text) for text in options.override_kv)
+        self.stock_facts = facts_of(self.metadata, model.architecture, model.tensors, str(model.path))
+        self.sources = self._renamed()
+        self.facts = self.stock_facts
+        if options.prune_layers:
+            self.metadata = pruned_metadata(self.metadata, self.stock_facts, options.prune_layers)
+            self.facts = facts_of(self.metadata, model.architecture, self.sources, str(model.path))
+        self.tier = find_tier(tier) if isinstance(tier, str) else tier
+        if self.tier is None and (options.cell or options.published):
+            flag = "--cell" if options.cell else "--published"
+            raise UsageError(f"{flag} concerns a tier's table: give --tier with it")
+        # the alias the user typed, so that i-mini makes an I-Mini file
+        alias = tier.lower() if isinstance(tier, str) and self.tier and tier.lower() in self.tier.aliases else None
+        if self.tier is not None:
+            self.tier = with_cells(self.tier, options.cell)
+        mix = self.tier.base if self.tier else tier
+        self.base = mix_name(mix) if isinstance(mix, str) else None
+        # never as it was typed: it goes into the metadata, which equal plans must have equal
+        self.label: str | None = self.base
+        if self.tier is not None:
+            self.label = self.tier.name if options.cell else alias or self.tier.name
+        wants = self.tier.importance if self.tier else "optional"
+        self.importance = None if wants == "none" else imatrix
+        self.warnings: list[str] = []
+        if wants == "none" and imatrix is not None and self.tier is not None:
+            self.warnings.append(f"tier {self.tier.name} is encoded without importance: the matrix is not used")
+        trunk = self.facts.trunk_layers
+        self.zones = None
+        if self.tier is not None:
+            self.zones = ZoneRule("published", trunk, 5, 5, 3) if options.published else zone_rule(trunk)
+        self.roles = {
+            name: classify(name, info.shape, model.architecture, trunk_layers=trunk)
+            for name, info in self.sources.items()
+        }
+
+    def _renamed(self) -> dict[str, TensorInfo]:
+        """New name -> source tensor, in the order of writing, with pruned layers gone and the rest renumbered."""
+        tensors, gone = self.model.tensors, self.options.prune_layers
+        if self.options.keep_split:
+            if gone:
+                raise UsageError("--prune-layers cannot be combined with --keep-split")
+            order = sorted(tensors, key=lambda name: (tensors[name].file, tensors[name].offset))
+            return {name: tensors[name] for name in order}
+        order = stock_order(tensors)
+        names = pruned_names(order, gone) if gone else {name: name for name in order}
+        return {new: tensors[name] for name, new in names.items()}
+
+    # --- types ---
+
+    def _manual(self) -> dict[str, GGMLType]:
+        """The types that are not the base mix's to decide: overrides, then recipe, then --like, then tier."""
+        options, names = self.options, list(self.sources)
+        manual: dict[str, GGMLType] = {}
+        if self.tier is not None and options.published:
+            manual = match_overrides(published_lines(self.tier, self.facts.trunk_layers), names)
+        elif self.tier is not None and self.zones is not None:
+            for name, role in self.roles.items():
+                kind = self.tier.type_of(role, self.facts, self.zones)
+                if role.role is Role.projector:
+                    kind = self.sources[name].type  # towers are kept as they are
+                if kind is not None:
+                    manual[name] = kind
+        if not options.allow_requantize:
+            # experts that the model was trained with in MXFP4 or NVFP4 stay as they are unless asked
+            manual |= {name: info.type for name, info in self.sources.items() if info.type.kind == "fp4"}
+        if options.like is not None:
+            with open_model(options.like) as other:
+                manual |= self._like(other, names)
+        if options.recipe is not None:
+            manual |= self._matched(read_recipe(options.recipe), names, str(options.recipe))
+        own: list[Override] = [parse_override(text, lower=False) for text in options.override]
+        return manual | self._matched(own, names, "--override")
+
+    def _matched(self, overrides: Sequence[Override], names: list[str], where: str) -> dict[str, GGMLType]:
+        places = first_matches(overrides, names)
+        used = set(places.values())
+        unused = [pattern for place, (pattern, _) in enumerate(overrides) if place not in used]
+        if unused:
+            self.warnings.append(
+                f"{where}: {len(unused)} of {len(overrides)} patterns decide no tensor, having no match of their own: "
+                + _listed(unused, 3)
+            )
+        return {name: overrides[place][1] for name, place in places.items()}
+
+    def _like(self, other: GGUFModel, names: list[str]) -> dict[str, GGMLType]:
+        def fits(name: str) -> bool:
+            return name in other.tensors and other.tensors[name].shape == self.sources[name].shape
+
+        wrong = [name for name in names if not fits(name)]
+        if wrong:
+            raise InputError(
+                f"{self.options.like} has no {wrong[0]} of this shape" + _and_more(wrong),
+                hint="--like wants a file of the same model",
+            )
+        types = recipe_of(other)
+        return {name: types[name] for name in names}
+
+    def _choices(self, manual: Mapping[str, GGMLType], base: str) -> list[Choice]:
+        options = self.options
+        specs = [TensorSpec(name, info.shape, info.type) for name, info in self.sources.items()]
+        return stock_types(
+            self.stock_facts,
+            specs,
+            base,
+            manual=manual,
+            keep_order=True,
+            has_imatrix=self.importance is not None,
+            pure=options.pure,
+            output_type=_asked_type(options.output_tensor_type),
+            embedding_type=_asked_type(options.token_embedding_type),
+            leave_output=options.leave_output_tensor,
+        )
+
+    def _base_or_error(self, manual: Mapping[str, GGMLType]) -> str:
+        options = self.options
+        if self.base is not None:
+            if (options.recipe or options.like or options.override) and not MIXES[self.base].default.is_quantized:
+                raise UsageError(f"llama-quantize takes no types for single tensors with the mix {self.base}")
+            return self.base
+        if not (options.recipe or options.like or options.override):
+            raise UsageError("nothing says which types to use", hint="give --tier, --recipe or --like")
+        # every type is named, so the base only labels the file: take the mix of the most common one
+        common: Counter[str] = Counter()
+        rest = []
+        for name, info in self.sources.items():
+            if not allows_quantization(
+                name, info.shape, self.model.architecture, leave_output=options.leave_output_tensor
+            ):
+                continue
+            if name == "output.weight" and options.output_tensor_type:
+                continue
+            if category(name) == "embedding" and options.token_embedding_type:
+                continue
+            if name in manual:
+                common[manual[name].name] += info.nbytes
+            else:
+                rest.append(name)
+        if rest:
+            raise UsageError(
+                f"the recipe names no type for {rest[0]}" + _and_more(rest),
+                hint="give --tier as well: it decides what the recipe leaves open",
+            )
+        # a base of F16 and the like would make llama-quantize ignore all types
+        quantized = [name for name, _ in common.most_common() if ggml_type(name).is_quantized]
+        most = quantized[0] if quantized else next(iter(common), "Q8_0")
+        if not quantized and len(common) > 1:
+            most = "Q8_0"
+        return next((mix for mix, row in MIXES.items() if row.default.name == most), "Q8_0")
+
+    # --- the plan ---
+
+    def plan(self) -> Plan:
+        manual = self._manual()
+        base = self._base_or_error(manual)
+        tensors = tuple(self._planned(choice) for choice in self._choices(manual, base))
+        quantized = {t.name: t.type for t in tensors if not t.kept}
+        recipe = Recipe(base, quantized)
+        file_type = MIXES[base].ftype
+        if base == "COPY":
+            file_type = self.stock_facts.file_type or file_type
+        label = self.label or ("like" if self.options.like else "custom")
+        importance = self.importance
+        metadata = output_metadata(
+            self.model,
+            self.metadata,
+            recipe,
+            file_type=file_type,
+            tier=label,
+            zones=str(self.zones) if self.zones else "none",
+            types=[t.type for t in tensors],
+            importance=importance,
+        )
+        specs = [TensorSpec(t.name, t.shape, t.type) for t in tensors]
+        groups, layouts = self._layouts(metadata, specs)
+        missing = self._missing_importance(tensors, base)
+        requantized = tuple(t.name for t in tensors if t.type is not t.source_type and t.source_type.is_quantized)
+        return Plan(
+            model=display_name(self.model),
+            title=self._title(),
+            tier=label,
+            file_type=file_type,
+            zones=self.zones,
+            recipe=recipe,
+            tensors=tensors,
+            layouts=tuple(layouts),
+            groups=tuple(groups),
+            importance=importance is not None,
+            needs_importance=self.tier is not None and self.tier.importance == "required" and importance is None,
+            missing_importance=missing,
+            requantized=requantized,
+            warnings=tuple(self.warnings + self._warnings(tensors, missing)),
+        )
+
+    def _title(self) -> str:
+        options = self.options
+        custom = bool(options.override or options.recipe or options.like)
+        if self.tier is not None:
+            return f"APEX-{self.tier.title(self.label)}" + "-Custom" * (custom and not options.cell)
+        return "APEX-Custom" if custom or self.base is None else self.base
+
+    def _planned(self, choice: Choice) -> PlannedTensor:
+        info = self.sources[choice.name]
+        if info.shape[0] % choice.type.block:  # asked for by name: llama-quantize has no fallback for these
+            raise UsageError(
+                f"{choice.name} cannot be {choice.type}: its rows of {info.shape[0]} weights are no multiple of "
+                f"{choice.type.block}",
+                hint="choose a type with blocks of 32, such as Q8_0",
+            )
+        spec = TensorSpec(choice.name, info.shape, choice.type)
+        return PlannedTensor(
+            name=choice.name,
+            source=info.name,
+            role=self.roles[choice.name],
+            shape=info.shape,
+            source_type=info.type,
+            type=choice.type,
+            wanted=choice.wanted,
+            nbytes=spec.nbytes,
+            why=f"{choice.why}: {choice.detail}" if choice.detail else choice.why,
+        )
+
+    def _layouts(self, metadata: dict[str, Value], specs: list[TensorSpec]) -> tuple[list[int], list[Layout]]:
+        options = self.options
+        if options.keep_split and options.split_max_size:
+            raise UsageError("--keep-split and --split-max-size exclude each other")
+        if options.split_max_size:
+            groups = shard_groups(specs, options.split_max_size)
+            if max(groups, default=0) > 0:
+                return groups, shard_layouts(metadata, specs, groups=groups)
+        elif options.keep_split and len(self.model.files) > 1:
+            groups = [self.sources[spec.name].file for spec in specs]
+            return groups, shard_layouts(metadata, specs, groups=groups)
+        return [0] * len(specs), [layout(metadata, specs)]
+
+    def _missing_importance(self, tensors: Sequence[PlannedTensor], base: str) -> tuple[str, ...]:
+        """Tensors whose type must not be encoded without importance and for which there is none."""
+        missing = []
+        for t in tensors:
+            if t.type is t.source_type or not requires_imatrix(t.name, t.type, base):
+                continue
+            source = self.sources[t.name]
+            if self.importance is None or self.importance.for_tensor(source) is None:
+                missing.append(t.name)
+        return tuple(missing)
+
+    def _warnings(self, tensors: Sequence[PlannedTensor], missing: tuple[str, ...]) -> list[str]:
+        warnings = []
+        fallen = [t for t in tensors if t.fallback_from]
+        if fallen:
+            larger = sum(t.nbytes for t in fallen)
+            pairs = Counter(f"{t.fallback_from} -> {t.type.name}" for t in fallen)
+            listed = ", ".join(f"{pair} ({n})" for pair, n in pairs.most_common())
+            warnings.append(
+                f"{len(fallen)} tensors ({larger / 1e6:.1f} MB) take a fallback type because their rows are not a "
+                f"multiple of the block: {listed}"
+            )
+        if missing:
+            warnings.append(f"{len(missing)} tensors need an importance matrix and have none: {_listed(missing, 3)}")
+        fp4 = [t for t in tensors if t.source_type.kind == "fp4" and t.type is t.source_type and not t.kept]
+        if fp4 and not self.options.allow_requantize:
+            warnings.append(
+                f"{len(fp4)} tensors that the source has in {fp4[0].type} are kept as they are "
+                "(--allow-requantize encodes them again)"
+            )
+        towers = [t for t in tensors if t.role.role is Role.projector and t.type is t.source_type and not t.kept]
+        if towers and self.tier is not None:
+            warnings.append(f"{len(towers)} tensors of vision or audio towers are kept as they are")
+        if not self.facts.is_moe and self.tier is not None:
+            warnings.append("a dense model: its feed-forwards follow the routed-expert column")
+        other = [t.name for t in tensors if t.role.role is Role.other and not t.kept]
+        if other and self.tier is not None:
+            warnings.append(f"{len(other)} tensors of unknown role follow the base mix: {_listed(other, 3)}")
+        if self.importance is not None:
+            warnings += self._coverage(tensors)
+        return warnings
+
+    def _coverage(self, tensors: Sequence[PlannedTensor]) -> list[str]:
+        assert self.importance is not None
+        without, experts = [], {}
+        for t in tensors:
+            if t.type is t.source_type or t.type.imatrix == "unused":
+                continue
+            source = self.sources[t.name]
+            name = self.importance.find(source.name)
+            entry = self.importance.entries[name] if name is not None else None
+            if entry is None or (
+                entry.size != math.prod((t.shape[0], *t.shape[2:3])) and self.importance.for_tensor(source) is None
+            ):  # for_tensor refuses sizes that do not fit, unless stock forgives them
+                without.append(t.name)
+                continue
+            rows = [i for i, count in enumerate(entry.counts) if count == 0]
+            if rows:
+                experts[t.name] = rows
+        warnings = []
+        if without:
+            warnings.append(f"{len(without)} quantized tensors have no importance: {_listed(without, 4)}")
+        if experts:
+            listed = "; ".join(f"{name}: {rows}" for name, rows in list(experts.items())[:4])
+            warnings.append(
+                f"{sum(map(len, experts.values()))} expert matrices in {len(experts)} tensors had no calibration "
+                f"tokens and are encoded unweighted: {listed}" + ("; ..." if len(experts) > 4 else "")
+            )
+        return warnings
+
+
+def _asked_type(name: str | None) -> GGMLType | None:
+    kind = ggml_type(name) if name else None
+    if kind is not None and not kind.encodable:
+        raise UsageError(f"{kind} cannot be encoded")
+    return kind
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
