@@ -1,0 +1,1 @@
+"""Weights to blocks: one pass over the source writes every requested file."""
