@@ -1,0 +1,86 @@
+"""The `apex` command: every command is a thin skin over the function of the same name."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from apex_quant.errors import ApexError, NativeError
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 2 usage, 3 bad input, 4 missing resource, 5 internal, 130 Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        status = run([word for word in arguments if word != "--debug"])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader of our output has gone (apex inspect ... | head): nothing to say to anybody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except KeyboardInterrupt:
+        _complain("interrupted", "finished work is kept: the same command goes on from there")
+        status = INTERRUPTED
+    except ApexError as error:
+        if debug:
+            traceback.print_exc()
+            if isinstance(error, NativeError) and error.log_tail:
+                print(error.log_tail, file=sys.stderr)
+        _complain(error.message, error.hint)
+        status = error.exit_code
+    except MemoryError:
+        _complain("out of memory", "fewer threads (-j) need less")
+        status = 4
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _complain(f"internal failure: {type(error).__name__}: {error}", "--debug shows where; please report it")
+        status = 5
+    sys.exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """The same without exiting; errors are raised, usage errors of the parser become UsageError."""
+    import typer
+    from typer.main import get_command
+
+    from apex_quant.cli.app import app
+    from apex_quant.errors import UsageError
+
+    command = get_command(app)
+    try:
+        result = command.main(args=arguments, prog_name="apex", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except SystemExit:
+        # the parser's own answer to a broken pipe, after it has wrapped the streams
+        raise BrokenPipeError from None
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        raise UsageError(error.format_message(), hint="apex COMMAND --help shows the options") from None
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, hint: str | None) -> None:
+    print("error: " + one_line(message), file=sys.stderr)
+    if hint:
+        print("hint: " + one_line(hint), file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Names from hostile files may hold control characters: nothing but printable text reaches the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else "?" for c in text)
+
+
+def safe(text: str) -> str:
+    """Text from a file or a path for rich: printable, and no markup in it is obeyed."""
+    from rich.markup import escape
+
+    return escape(one_line(text))
