@@ -52,7 +52,8 @@ def quickstart(folder: str | Path, console: Console) -> dict[str, Any]:
         with JobBar(f"verifying {output.path.name}") as bar:
             result = verify(output.path, source=source, progress=bar)
         if not result.ok:
-            raise InputError(f"{output.path}: verification failed", hint=f"apex verify {output.path} tells more")
+            failed = ", ".join(check.name for check in result.checks if check.ok is False)
+            raise InputError(f"{output.path}: failed: {failed}", hint=f"apex verify {output.path} --source {source}")
         console.print(f"   [green]ok[/] {safe(output.path.name)}")
     rows = table(None, "tier", ">bytes", ">bpw", ">time", "path")
     for output in made.outputs:

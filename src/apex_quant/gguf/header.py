@@ -39,7 +39,7 @@ ALIGNMENT_KEY = "general.alignment"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor. `shape` in ggml order: the row length comes first. `offset` is absolute in its file."""
+    """One tensor. `shape` in ggml order, row length first, without trailing ones. `offset` is absolute in its file."""
 
     name: str
     shape: tuple[int, ...]
@@ -262,6 +262,8 @@ def _table_row(window: _Window, number: int) -> _Row:
             position + 4,
         )
     window.position = position + 4 + _REST_OF_ROW[n_dims].size
+    while len(shape) > 1 and shape[-1] == 1:  # 256 x 1 is 256, as ggml_n_dims counts; we write it so too
+        shape = shape[:-1]
     return name, shape, kind, offset, elements // kind.block * kind.bytes
 
 
