@@ -6,13 +6,13 @@ the architectures; the trained embedded model covers every tier and five stock m
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from apex_quant import embedded_model, quantize
 from apex_quant.encode.quantize import QuantizedOutput
 from apex_quant.gguf import open_model
 from apex_quant.recipe.tiers import published_tiers
+from tests.helpers.files import data_section
 from tests.helpers.imatrix import random_imatrix
 from tests.helpers.random_models import write_random_gguf
 from tests.helpers.stock import stock_job, stock_quantize_all
@@ -20,15 +20,6 @@ from tests.helpers.stock import stock_job, stock_quantize_all
 TIERS = [tier.name for tier in published_tiers()]
 MIXES = ["Q4_K_M", "IQ4_XS", "Q3_K_L", "IQ2_M", "Q5_0"]
 ARCHITECTURES = ["qwen35moe", "qwen3moe", "deepseek2", "gemma4", "gpt-oss", "nemotron_h_moe", "glm4moe", "llama"]
-
-
-def data_section(path: Path) -> str:
-    """sha256 of everything after the header."""
-    with open_model(path) as model:
-        start = model.files[0].header_bytes
-    with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stock_twin(output: QuantizedOutput, source: Path, imatrix: Path | None, out: Path) -> dict[str, object]:

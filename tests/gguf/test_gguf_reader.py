@@ -63,7 +63,8 @@ def test_reads_what_pypi_gguf_wrote(tmp_path: Path) -> None:
         assert model.get("tokenizer.ggml.token_type").tolist() == list(range(50))
         assert model.get("general.name") == "a model"
         assert [(t.name, list(t.shape), t.offset, t.nbytes, t.type.id) for t in model.tensors.values()] == [
-            (t.name, without_trailing_ones(t.shape.tolist()), t.data_offset, t.n_bytes, t.tensor_type) for t in oracle.tensors
+            (t.name, without_trailing_ones(t.shape.tolist()), t.data_offset, t.n_bytes, t.tensor_type)
+            for t in oracle.tensors
         ]
         for name, raw in data.items():
             info = model.tensors[name]
