@@ -5,7 +5,6 @@ A plan needs the source's header and nothing else: no tensor data, no library.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from apex_quant.recipe.mixes import (
     requires_imatrix,
     stock_types,
 )
+from apex_quant.recipe.notes import importance_notes, listed, tier_notes, type_notes
 from apex_quant.recipe.pruning import pruned_metadata, pruned_names
 from apex_quant.recipe.recipe import (
     Recipe,
@@ -287,7 +287,7 @@ class _Planner:
         if unused:
             self.warnings.append(
                 f"{where}: {len(unused)} of {len(overrides)} patterns decide no tensor, having no match of their own: "
-                + _listed(unused, 3)
+                + listed(unused, 3)
             )
         return {name: overrides[place][1] for name, place in places.items()}
 
@@ -362,13 +362,17 @@ class _Planner:
         manual = self._manual()
         base = self._base_or_error(manual)
         tensors = tuple(self._planned(choice) for choice in self._choices(manual, base))
-        quantized = {t.name: t.type for t in tensors if not t.kept}
+        # also what was left on request: a recipe says the type of all that could be quantized, and verify checks that
+        arch = self.model.architecture
+        quantized = {t.name: t.type for t in tensors if allows_quantization(t.name, t.shape, arch)}
         recipe = Recipe(base, quantized)
         file_type = MIXES[base].ftype
-        if base == "COPY":
+        encodes = any(t.type is not t.source_type for t in tensors)
+        if not encodes:  # COPY, projector files
             file_type = self.stock_facts.file_type or file_type
         label = self.label or ("like" if self.options.like else "custom")
         importance = self.importance
+        wants = self.tier.importance if self.tier else "optional"
         metadata = output_metadata(
             self.model,
             self.metadata,
@@ -394,10 +398,10 @@ class _Planner:
             layouts=tuple(layouts),
             groups=tuple(groups),
             importance=importance is not None,
-            needs_importance=self.tier is not None and self.tier.importance == "required" and importance is None,
+            needs_importance=encodes and importance is None and wants == "required",
             missing_importance=missing,
             requantized=requantized,
-            warnings=tuple(self.warnings + self._warnings(tensors, missing)),
+            warnings=(*self.warnings, *self._notes(tensors, missing)),
         )
 
     def _title(self) -> str:
@@ -428,6 +432,14 @@ class _Planner:
             why=f"{choice.why}: {choice.detail}" if choice.detail else choice.why,
         )
 
+    def _notes(self, tensors: Sequence[PlannedTensor], missing: Sequence[str]) -> list[str]:
+        notes = type_notes(tensors, missing, allow_requantize=self.options.allow_requantize)
+        if self.tier is not None:
+            notes += tier_notes(tensors, is_moe=self.facts.is_moe, published=self.options.published)
+        if self.importance is not None:
+            notes += importance_notes(tensors, self.sources, self.importance)
+        return notes
+
     def _layouts(self, metadata: dict[str, Value], specs: list[TensorSpec]) -> tuple[list[int], list[Layout]]:
         options = self.options
         if options.keep_split and options.split_max_size:
@@ -452,75 +464,12 @@ class _Planner:
                 missing.append(t.name)
         return tuple(missing)
 
-    def _warnings(self, tensors: Sequence[PlannedTensor], missing: tuple[str, ...]) -> list[str]:
-        warnings = []
-        fallen = [t for t in tensors if t.fallback_from]
-        if fallen:
-            larger = sum(t.nbytes for t in fallen)
-            pairs = Counter(f"{t.fallback_from} -> {t.type.name}" for t in fallen)
-            listed = ", ".join(f"{pair} ({n})" for pair, n in pairs.most_common())
-            warnings.append(
-                f"{len(fallen)} tensors ({larger / 1e6:.1f} MB) take a fallback type because their rows are not a "
-                f"multiple of the block: {listed}"
-            )
-        if missing:
-            warnings.append(f"{len(missing)} tensors need an importance matrix and have none: {_listed(missing, 3)}")
-        fp4 = [t for t in tensors if t.source_type.kind == "fp4" and t.type is t.source_type and not t.kept]
-        if fp4 and not self.options.allow_requantize:
-            warnings.append(
-                f"{len(fp4)} tensors that the source has in {fp4[0].type} are kept as they are "
-                "(--allow-requantize encodes them again)"
-            )
-        towers = [t for t in tensors if t.role.role is Role.projector and t.type is t.source_type and not t.kept]
-        if towers and self.tier is not None:
-            warnings.append(f"{len(towers)} tensors of vision or audio towers are kept as they are")
-        if not self.facts.is_moe and self.tier is not None:
-            warnings.append("a dense model: its feed-forwards follow the routed-expert column")
-        other = [t.name for t in tensors if t.role.role is Role.other and not t.kept]
-        if other and self.tier is not None:
-            warnings.append(f"{len(other)} tensors of unknown role follow the base mix: {_listed(other, 3)}")
-        if self.importance is not None:
-            warnings += self._coverage(tensors)
-        return warnings
-
-    def _coverage(self, tensors: Sequence[PlannedTensor]) -> list[str]:
-        assert self.importance is not None
-        without, experts = [], {}
-        for t in tensors:
-            if t.type is t.source_type or t.type.imatrix == "unused":
-                continue
-            source = self.sources[t.name]
-            name = self.importance.find(source.name)
-            entry = self.importance.entries[name] if name is not None else None
-            if entry is None or (
-                entry.size != math.prod((t.shape[0], *t.shape[2:3])) and self.importance.for_tensor(source) is None
-            ):  # for_tensor refuses sizes that do not fit, unless stock forgives them
-                without.append(t.name)
-                continue
-            rows = [i for i, count in enumerate(entry.counts) if count == 0]
-            if rows:
-                experts[t.name] = rows
-        warnings = []
-        if without:
-            warnings.append(f"{len(without)} quantized tensors have no importance: {_listed(without, 4)}")
-        if experts:
-            listed = "; ".join(f"{name}: {rows}" for name, rows in list(experts.items())[:4])
-            warnings.append(
-                f"{sum(map(len, experts.values()))} expert matrices in {len(experts)} tensors had no calibration "
-                f"tokens and are encoded unweighted: {listed}" + ("; ..." if len(experts) > 4 else "")
-            )
-        return warnings
-
 
 def _asked_type(name: str | None) -> GGMLType | None:
     kind = ggml_type(name) if name else None
     if kind is not None and not kind.encodable:
         raise UsageError(f"{kind} cannot be encoded")
     return kind
-
-
-def _listed(names: Sequence[str], most: int) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from apex_quant.gguf import GGMLType, GGUFModel, ggml_type
 from apex_quant.recipe.mixes import Override, compile_pattern
 
 MAX_RECIPE_BYTES = 16 << 20
+MAX_LINE = 8192
 MAX_RECIPE_LINES = 100_000  # as many as a file may have tensors
 MAX_SEARCHES = 1 << 23
 """Patterns times names: bounds the time a recipe may take to seconds."""
@@ -64,6 +65,8 @@ def anchored(name: str) -> str:
 
 def parse_override(text: str, *, lower: bool) -> Override:
     """'PATTERN=TYPE' to a checked (pattern, type). `lower` lower-cases the pattern as the command line tool does."""
+    if len(text) > MAX_LINE:
+        raise UsageError(f"'{text[:100]}...' is longer than {MAX_LINE} characters")
     pattern, separator, kind = text.partition("=")
     if not separator or not pattern or not kind:
         raise UsageError(f"{text!r} is not of the form PATTERN=TYPE, such as 'blk\\.3\\.ffn_up=Q5_K'")
