@@ -8,7 +8,8 @@ import tomllib
 from pathlib import Path
 
 import apex_quant
-from apex_quant.native.library import PACKAGE, REQUIRED
+from apex_quant.version import LIBRARY as PACKAGE
+from apex_quant.version import LIBRARY_VERSION as REQUIRED
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from apex_quant.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from apex_quant.data import embedded_model as embedded_model
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from apex_quant.gguf import open_model as open_model
     from apex_quant.gguf import split as split
     from apex_quant.model.inspect import inspect as inspect
-    from apex_quant.recipe.plan import PlanOptions as PlanOptions
     from apex_quant.recipe.plan import plan as plan
+    from apex_quant.recipe.planned import PlanOptions as PlanOptions
 
 _WHERE = {
     "embedded_model": "data",
     "quantize": "encode.quantize",
     "plan": "recipe.plan",
-    "PlanOptions": "recipe.plan",
+    "PlanOptions": "recipe.planned",
     "inspect": "model.inspect",
     "open_model": "gguf",
     "merge": "gguf",

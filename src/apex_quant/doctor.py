@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apex_quant import __version__
 from apex_quant.errors import ApexError
-from apex_quant.native.library import PACKAGE, REQUIRED, library_info
+from apex_quant.native.library import library_info
+from apex_quant.version import LIBRARY as PACKAGE
+from apex_quant.version import LIBRARY_VERSION as REQUIRED
+from apex_quant.version import VERSION
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_bf16", "amx_int8", "f16c", "fma", "asimd", "sve", "i8mm")
 _LOW_MEMORY = 4 << 30
@@ -109,7 +111,7 @@ def doctor(folder: str | Path = ".") -> Diagnosis:
         )
     model, features = _cpu()
     return Diagnosis(
-        apex=__version__,
+        apex=VERSION,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         library=info.version,

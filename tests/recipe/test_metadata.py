@@ -12,7 +12,8 @@ from apex_quant.errors import UsageError
 from apex_quant.gguf import TYPES, GGUFModel, ValueType, open_model
 from apex_quant.importance import Importance
 from apex_quant.recipe.metadata import RESERVED, display_name, needed_llama_cpp, parse_kv_override
-from apex_quant.recipe.plan import Plan, PlanOptions, plan
+from apex_quant.recipe.plan import plan
+from apex_quant.recipe.planned import Plan, PlanOptions
 from tests.helpers.imatrix import random_imatrix
 from tests.helpers.random_models import Models, write_random_gguf
 

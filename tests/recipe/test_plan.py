@@ -10,7 +10,8 @@ import pytest
 
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import GGUFModel, open_model
-from apex_quant.recipe.plan import Plan, PlanOptions, plan
+from apex_quant.recipe.plan import plan
+from apex_quant.recipe.planned import Plan, PlanOptions
 from apex_quant.recipe.tiers import find_tier, read_tiers
 from tests.helpers.imatrix import random_imatrix
 from tests.helpers.random_models import Models, write_random_gguf

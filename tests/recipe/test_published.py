@@ -11,7 +11,8 @@ import pytest
 
 from apex_quant.gguf import TYPES
 from apex_quant.recipe.mixes import MIXES, Override
-from apex_quant.recipe.plan import Plan, PlanOptions, plan
+from apex_quant.recipe.plan import plan
+from apex_quant.recipe.planned import Plan, PlanOptions
 from apex_quant.recipe.tiers import find_tier, published_lines, published_tiers
 from tests.helpers.dry_run import DryRun, dry_runs
 from tests.helpers.imatrix import random_imatrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -14,31 +15,35 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 usage, 3 bad input, 4 missing resource, 5 internal, 130 Ctrl-C."""
+    _open_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
         status = run([word for word in arguments if word != "--debug"])
         sys.stdout.flush()
     except BrokenPipeError:
-        # the reader of our output has gone (apex inspect ... | head): nothing to say to anybody
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()  # the reader has gone (apex inspect ... | head): nothing to say to anybody
         status = 0
     except KeyboardInterrupt:
         _complain("interrupted", "finished work is kept: the same command goes on from there")
         status = INTERRUPTED
     except ApexError as error:
         if debug:
-            traceback.print_exc()
-            if isinstance(error, NativeError) and error.log_tail:
-                print(error.log_tail, file=sys.stderr)
+            _explain(error.log_tail if isinstance(error, NativeError) else "")
         _complain(error.message, error.hint)
         status = error.exit_code
     except MemoryError:
         _complain("out of memory", "fewer threads (-j) need less")
         status = 4
+    except OSError as error:
+        if debug:
+            _explain()
+        _abandon_output()
+        _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror), None)
+        status = 4
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _explain()
         _complain(f"internal failure: {type(error).__name__}: {error}", "--debug shows where; please report it")
         status = 5
     sys.exit(status)
@@ -60,18 +65,48 @@ def run(arguments: list[str]) -> int:
     except SystemExit:
         # the parser's own answer to a broken pipe, after it has wrapped the streams
         raise BrokenPipeError from None
-    except typer.TyperException as error:
+    except Exception as error:
+        # the parser's errors, by what they can do: their base class differs between its versions
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
+            print(message())
             return 2
-        raise UsageError(error.format_message(), hint="apex COMMAND --help shows the options") from None
+        raise UsageError(message(), hint="apex COMMAND --help shows the options") from None
+    if result == INTERRUPTED:
+        raise KeyboardInterrupt  # newer parsers return this instead of raising Abort
     return result if isinstance(result, int) else 0
 
 
+def _open_streams() -> None:
+    """A service may be started with closed streams: their numbers must not go to the files we write."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115 -- None when it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+def _abandon_output() -> None:
+    """What could not be written must not be tried again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(log: str = "") -> None:
+    """The traceback and the library's log, printable like everything else."""
+    for line in (traceback.format_exc() + log).splitlines():
+        print(one_line(line), file=sys.stderr)
+
+
 def _complain(message: str, hint: str | None) -> None:
-    print("error: " + one_line(message), file=sys.stderr)
-    if hint:
-        print("hint: " + one_line(hint), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the exit status says it too
+        print("error: " + one_line(message), file=sys.stderr)
+        if hint:
+            print("hint: " + one_line(hint), file=sys.stderr)
 
 
 def one_line(text: str) -> str:

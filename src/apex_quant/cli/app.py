@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 _PIPE_WIDTH = 1000  # lines are for tools then, and none is broken
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -83,7 +84,16 @@ def _console(as_json: bool) -> Console:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=True))
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _options(
@@ -102,7 +112,7 @@ def _options(
     keep_split: bool,
     allow_requantize: bool,
 ) -> Any:
-    from apex_quant.recipe.plan import PlanOptions
+    from apex_quant.recipe.planned import PlanOptions
 
     try:
         pruned = [int(word) for word in prune_layers.split(",")] if prune_layers else []

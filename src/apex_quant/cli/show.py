@@ -16,7 +16,7 @@ from apex_quant.encode.quantize import Quantized
 from apex_quant.encode.verify import Verification
 from apex_quant.model import Role
 from apex_quant.model.inspect import ModelReport, Usage
-from apex_quant.recipe.plan import Plan, PlannedTensor
+from apex_quant.recipe.planned import Plan, PlannedTensor
 from apex_quant.recipe.tiers import Tier
 
 # Bits per weight to colour: few bits are warm, many are cool; readable on dark and light backgrounds alike
@@ -35,7 +35,10 @@ def human(size: float) -> str:
 
 def table(title: str | None, *columns: str) -> Table:
     """A table whose columns are right-aligned when their heading starts with '>'."""
-    made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    whole = None if title is None else Text.from_markup(title, overflow="ignore")
+    if whole is not None:
+        whole.no_wrap = True  # a title may be wider than its table
+    made = Table(title=whole, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
         made.add_column(column.lstrip(">"), justify=justify, overflow="fold")
@@ -67,7 +70,7 @@ def heat_map(tensors: Iterable[PlannedTensor], width: int) -> Table:
                 "·" if bpw is None else f"{min(bpw, 99):.0f}"[-1:] if bpw < 10 else "F",
                 style="dim" if bpw is None else f"bold white on {_colour(bpw)}",
             )
-        made.add_row(role, part, line)
+        made.add_row(role, safe(part), line)
     return made
 
 

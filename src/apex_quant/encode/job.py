@@ -19,7 +19,7 @@ from apex_quant.encode.tasks import Task, Write, uses_importance
 from apex_quant.errors import UsageError
 from apex_quant.gguf import GGUFModel, TensorInfo, require_space, stock_order
 from apex_quant.native import Child, library_info
-from apex_quant.recipe.plan import Plan
+from apex_quant.recipe.planned import Plan
 
 # Encoders that need a grid table which takes seconds to build come last, the slowest last of all: meanwhile the
 # tables are built beside other work.

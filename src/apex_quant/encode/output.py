@@ -18,7 +18,7 @@ from apex_quant.encode.journal import Journal
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.gguf import AtomicFile, Layout, shard_name
 from apex_quant.recipe.metadata import DATA_HASH, LIBRARY_COMMIT, RESERVED, SOURCE_HASH
-from apex_quant.recipe.plan import Plan
+from apex_quant.recipe.planned import Plan
 
 _HASH_BLOCK = 8 << 20
 # How long a new run waits for the child of a killed one to notice and end: it finishes the rows in hand first.

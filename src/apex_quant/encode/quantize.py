@@ -19,7 +19,8 @@ from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
 from apex_quant.native import Child, library_info
-from apex_quant.recipe.plan import Plan, PlanOptions, plan
+from apex_quant.recipe.plan import plan
+from apex_quant.recipe.planned import Plan, PlanOptions
 from apex_quant.recipe.tiers import Tier, published_tiers
 
 
@@ -96,10 +97,11 @@ def quantize(
         matrix_path, matrix = _importance(imatrix, stack)
         plans = [plan(opened, one, imatrix=matrix, options=options) for one in tiers]
         for one in plans:
-            refuse_unsafe(one, options, has_matrix=matrix is not None)
-            for t in one.tensors if matrix is not None and one.importance else ():
-                if t.type is not t.source_type and uses_importance(t.type):
-                    matrix.fits(opened.tensors[t.source])  # an InputError now and not after hours
+            refuse_unsafe(one, options, has_matrix=one.importance)
+            if matrix is not None and one.importance:
+                for t in one.tensors:
+                    if t.type is not t.source_type and uses_importance(t.type):
+                        matrix.fits(opened.tensors[t.source])  # an InputError now and not after hours
         if dry_run:
             return Quantized((), tuple(plans), None, time.monotonic() - started)
         targets = target_paths(plans, out)

@@ -11,9 +11,10 @@ from typing import Any
 
 from apex_quant.gguf import TYPES, GGMLType
 
-# Weights handed to a thread at once: 1 MiB of float32 stays in its cache while several types are made of it, and
-# the slowest encoder (IQ2_XS, about 1 Mweight/s) still yields four progress ticks a second.
-ITEM_WEIGHTS = 1 << 18
+# Weights handed to a thread at once. 256 KiB of float32 stay in its cache while several types are made of them, and
+# the slowest item of nine tiers takes 0.2 s, so that no thread waits long for another at the end. The interpreter
+# spends about 60 us on an item: 1.3 Gweight/s at most, above what 64 threads encode in any type but Q8_0.
+ITEM_WEIGHTS = 1 << 16
 
 # Nanoseconds per weight and thread, measured on the development machine (benchmarks/encode.py --types). Used for
 # the estimate of the time left and nothing else, so only the ratios matter.

@@ -22,13 +22,14 @@ from apex_quant.encode.job import JobProgress
 from apex_quant.encode.output import content_hash
 from apex_quant.encode.quantize import usable_cpus
 from apex_quant.encode.tasks import Task, Write, uses_importance
-from apex_quant.errors import InputError
+from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import GGUFModel, TensorInfo, open_model, stock_order
 from apex_quant.importance import Importance
 from apex_quant.model.inspect import model_roles
 from apex_quant.native import ggml, library_info, run_in_child
-from apex_quant.recipe.metadata import DATA_HASH, SOURCE_HASH
+from apex_quant.recipe.metadata import DATA_HASH, PRUNED_LAYERS, SOURCE_HASH
 from apex_quant.recipe.mixes import allows_quantization
+from apex_quant.recipe.pruning import pruned_names
 from apex_quant.recipe.recipe import Recipe
 
 SAMPLE = 12
@@ -215,7 +216,8 @@ def _check_against_source(
         given = matrix.sha256 if matrix else None
         detail = f"the file was made with {stated}, " + (f"this one is {given}" if given else "none was given")
         result.add("imatrix", stated == given, str(stated) if stated == given else detail)
-    missing = [n for n, i in model.tensors.items() if n not in original.tensors or original.tensors[n].shape != i.shape]
+    sources = _sources(model, original)
+    missing = [n for n, i in model.tensors.items() if n not in sources or sources[n].shape != i.shape]
     result.add(
         "source tensors",
         not missing,
@@ -225,12 +227,12 @@ def _check_against_source(
     # the matrix counts where the file says that one was used; a file by other tools says it in its stock keys
     weighted = matrix is not None and (stated is not None or model.get("quantize.imatrix.entries_count") is not None)
     usable = matrix if weighted else None
-    without = [name for name in chosen if _lacks_importance(original.tensors[name], model.tensors[name], usable)]
+    without = [name for name in chosen if _lacks_importance(sources[name], model.tensors[name], usable)]
     if without:
         names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         result.add("importance", None, f"{len(without)} tensors cannot be encoded again without their matrix: {names}")
     chosen = [name for name in chosen if name not in without]
-    tasks = [_task(original.tensors[name], model.tensors[name], weighted) for name in chosen]
+    tasks = [_task(sources[name], model.tensors[name], weighted) for name in chosen]
     hashes, differences = _compare(model, original, tasks, imatrix if weighted else None, threads, progress)
     result.differences = _by_tensor(model, chosen, differences)
     unequal = [row["tensor"] for row in result.differences]
@@ -249,6 +251,16 @@ def _check_against_source(
         found, said = content_hash(rows), model.get(SOURCE_HASH)
         ok = None if said is None else said == found
         result.add("source hash", ok, found if ok is not False else f"header says {said}, the source is {found}")
+
+
+def _sources(model: GGUFModel, original: GGUFModel) -> dict[str, TensorInfo]:
+    """The source's tensors under the names they have in a file that may lack some of its layers."""
+    try:
+        layers = [int(word) for word in str(model.get(PRUNED_LAYERS)).split(",")]
+        names = pruned_names(stock_order(original.tensors), layers)
+    except (ValueError, UsageError):  # no such key, or not this source
+        return original.tensors
+    return {new: original.tensors[name] for name, new in names.items()}
 
 
 def _lacks_importance(source: TensorInfo, target: TensorInfo, matrix: Importance | None) -> bool:

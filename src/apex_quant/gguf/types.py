@@ -98,7 +98,7 @@ def ggml_type(name: str) -> GGMLType:
     found = TYPES.get(name.upper())
     if found is None:
         raise UsageError(
-            f"no tensor type is called {name!r}.{did_you_mean(name, list(TYPES))}",
+            f"no tensor type is called {name!r}.{did_you_mean(name, [t.name for t in _ROWS if t.encodable])}",
             hint="tensor types are " + ", ".join(t.name for t in _ROWS if t.encodable),
         )
     return found

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from apex_quant.errors import ResourceError
 from apex_quant.gguf.types import TYPES_BY_ID, GGMLType
-
-PACKAGE = "llama-cpp-python"
-REQUIRED = "0.3.36"  # equal to the pin in pyproject.toml (a test compares them)
+from apex_quant.version import LIBRARY as PACKAGE
+from apex_quant.version import LIBRARY_VERSION as REQUIRED
 
 Pointer = int | None
 
@@ -72,7 +71,10 @@ def library_info() -> LibraryInfo:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return LibraryInfo(None, None, ())
-    spec = importlib.util.find_spec("llama_cpp")
+    try:
+        spec = importlib.util.find_spec("llama_cpp")
+    except (ImportError, ValueError):  # a finder that refuses it, or a stub put in its place
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         return LibraryInfo(version, None, ())
     folder = Path(next(iter(spec.submodule_search_locations))) / "lib"

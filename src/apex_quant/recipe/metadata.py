@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from apex_quant.errors import UsageError
 from apex_quant.gguf import GGMLType, GGUFModel, Value
-from apex_quant.native.library import PACKAGE, REQUIRED
+from apex_quant.version import LIBRARY, LIBRARY_VERSION, VERSION
 
 if TYPE_CHECKING:
     from apex_quant.importance import Importance
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SOURCE_HASH = "apex.source.sha256"
 DATA_HASH = "apex.data.sha256"
 LIBRARY_COMMIT = "apex.library.commit"
+PRUNED_LAYERS = "apex.pruned_layers"
 RESERVED: Mapping[str, int] = {LIBRARY_COMMIT: 40, SOURCE_HASH: 64, DATA_HASH: 64}
 """Fields filled after encoding, with their width in bytes; shorter values are padded with spaces."""
 
@@ -110,9 +111,9 @@ def needed_llama_cpp(types: Iterable[GGMLType]) -> str | None:
 def library_version() -> str:
     """llama-cpp-python's version without loading it: the installed one, else the one we are made for."""
     try:
-        return importlib.metadata.version(PACKAGE)
+        return importlib.metadata.version(LIBRARY)
     except importlib.metadata.PackageNotFoundError:
-        return REQUIRED
+        return LIBRARY_VERSION
 
 
 def output_metadata(
@@ -127,8 +128,6 @@ def output_metadata(
     importance: Importance | None,
 ) -> dict[str, Value]:
     """All keys of the output in order. `source` is the model's metadata after the user's own overrides."""
-    from apex_quant import __version__
-
     kept = {
         key: value for key, value in source.items() if key not in _REPLACED and not key.startswith(_DROPPED_PREFIXES)
     }
@@ -139,8 +138,8 @@ def output_metadata(
     result["general.file_type"] = Value.u32(file_type)
     if importance is not None:
         result |= importance.quantize_metadata()
-    result["apex.version"] = Value.string(__version__)
-    result["apex.library"] = Value.string(f"{PACKAGE} {library_version()}")
+    result["apex.version"] = Value.string(VERSION)
+    result["apex.library"] = Value.string(f"{LIBRARY} {library_version()}")
     result["apex.tier"] = Value.string(tier)
     result["apex.zones"] = Value.string(zones)
     result["apex.recipe.base"] = Value.string(recipe.base)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from apex_quant.gguf import TensorInfo
 from apex_quant.importance import Importance
 from apex_quant.model import Role
-
-if TYPE_CHECKING:
-    from apex_quant.recipe.plan import PlannedTensor
+from apex_quant.recipe.planned import PlannedTensor
 
 
 def type_notes(tensors: Sequence[PlannedTensor], missing: Sequence[str], *, allow_requantize: bool) -> list[str]:
