@@ -14,6 +14,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 from apex_quant.errors import InputError, UsageError, did_you_mean
 from apex_quant.gguf.reader import stock_order
 from apex_quant.gguf.types import TYPES, GGMLType
+from apex_quant.gguf.writer import TensorLike
 from apex_quant.recipe.patterns import compile_pattern
 from apex_quant.recipe.stock_rules import (
     AT_LEAST_Q8_0,
@@ -129,17 +130,6 @@ class MixFacts(Protocol):
     def n_gqa(self) -> int: ...
     @property
     def is_70b(self) -> bool: ...
-
-
-class TensorLike(Protocol):
-    """A tensor's name, ggml shape (row length first) and type."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def type(self) -> GGMLType: ...
 
 
 @dataclass(frozen=True, slots=True)
