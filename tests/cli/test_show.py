@@ -83,14 +83,14 @@ def heat(planned: Plan, width: int = 300) -> dict[str, str]:
 
 
 def test_heat_map_is_the_plan(hybrid: Path) -> None:
-    """One digit a layer: rounded bits per weight, F for floats, a dot where the layer has no such tensor."""
+    """One digit a layer: whole bits per weight as in the type's name, F for floats, a dot where the layer has no such tensor."""
     planned = plan(hybrid, "compact")
     wanted: dict[str, dict[int, str]] = {}
     for tensor in planned.tensors:
         if tensor.role.layer is not None and not tensor.kept:
             bits = tensor.type.bpw
             wanted.setdefault(f"{tensor.role.role}/{tensor.role.part}", {})[tensor.role.layer] = (
-                "F" if bits >= 10 else f"{bits:.0f}"
+                "F" if bits >= 10 else str(int(bits))
             )
     layers = 9
     drawn = heat(planned)

@@ -50,7 +50,7 @@ def _colour(bpw: float) -> str:
 
 
 def heat_map(tensors: Iterable[PlannedTensor], width: int) -> Table:
-    """Bits by part and layer: one digit a layer, rounded bits per weight, '·' where the layer has no such tensor."""
+    """Bits by part and layer: one digit a layer, whole bits per weight (6 for Q6_K); '·' where a layer has none."""
     rows: dict[tuple[str, str], dict[int, float]] = {}
     layers = 0
     for tensor in tensors:
@@ -67,7 +67,7 @@ def heat_map(tensors: Iterable[PlannedTensor], width: int) -> Table:
                 line.append("\n")
             bpw = bits.get(layer)
             line.append(
-                "·" if bpw is None else f"{min(bpw, 99):.0f}"[-1:] if bpw < 10 else "F",
+                "·" if bpw is None else str(int(bpw)) if bpw < 10 else "F",
                 style="dim" if bpw is None else f"bold white on {_colour(bpw)}",
             )
         made.add_row(role, safe(part), line)
