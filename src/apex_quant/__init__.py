@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from apex_quant.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from apex_quant.calibration.calibrate import Calibration as Calibration
+    from apex_quant.calibration.calibrate import calibrate as calibrate
     from apex_quant.data import embedded_model as embedded_model
     from apex_quant.encode.diff import diff as diff
     from apex_quant.encode.quantize import quantize as quantize
@@ -22,12 +24,16 @@ if TYPE_CHECKING:
     from apex_quant.model.inspect import inspect as inspect
     from apex_quant.recipe.plan import plan as plan
     from apex_quant.recipe.planned import PlanOptions as PlanOptions
+    from apex_quant.runtime.options import SessionOptions as SessionOptions
 
 _WHERE = {
     "embedded_model": "data",
+    "Calibration": "calibration.calibrate",
+    "calibrate": "calibration.calibrate",
     "quantize": "encode.quantize",
     "plan": "recipe.plan",
     "PlanOptions": "recipe.planned",
+    "SessionOptions": "runtime.options",
     "inspect": "model.inspect",
     "open_model": "gguf",
     "merge": "gguf",

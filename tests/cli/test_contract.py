@@ -23,7 +23,7 @@ from tests.cli.conftest import Call
 from tests.helpers.cli import PACKAGE_ROOT, Ran, apex
 
 COMMANDS = [
-    "quickstart", "doctor", "tiers", "inspect", "plan", "quantize", "verify", "diff", "split", "merge",
+    "quickstart", "doctor", "tiers", "inspect", "plan", "calibrate", "quantize", "verify", "diff", "split", "merge",
 ]  # fmt: skip
 
 PLAN_KEYS = {"model", "tier", "total_bytes", "bpw", "tensors", "warnings"}
@@ -118,8 +118,9 @@ def test_quantize_verify_and_the_rest(call: Call, model: Path, matrix: Path, tmp
 @pytest.mark.skipif(not embedded_model().exists(), reason="the embedded model is not built yet")
 def test_quickstart(call: Call, tmp_path: Path) -> None:
     result = call("quickstart", tmp_path / "q", "--json")
-    assert [row["tier"] for row in document(result)["outputs"]] == ["quality", "balanced", "compact"]
-    assert "4. Verify" in result.err
+    assert [row["tier"] for row in document(result)["outputs"]] == [tier.name for tier in published_tiers()]
+    assert document(result)["imatrix"]["chunks"] == 16
+    assert "5. Verify" in result.err
     text = call("quickstart", tmp_path / "q")
     assert text.status == 0
     assert text.out.rstrip().splitlines()[-1].strip().startswith("apex quantize ")
@@ -278,7 +279,7 @@ def test_every_plan_option_has_a_flag(name: str) -> None:
     for field in fields(PlanOptions):
         assert field.name in parameters
         default = parameters[field.name].default
-        assert not default, f"{field.name} has the default {default!r}"
+        assert default == field.default or not (default or field.default), f"{field.name} has the default {default!r}"
 
 
 def test_sizes() -> None:

@@ -83,7 +83,7 @@ def heat(planned: Plan, width: int = 300) -> dict[str, str]:
 
 
 def test_heat_map_is_the_plan(hybrid: Path) -> None:
-    """One digit a layer: whole bits per weight as in the type's name, F for floats, a dot where the layer has no such tensor."""
+    """One digit a layer: whole bits a weight as in the name of the type, F for floats, a dot where there is none."""
     planned = plan(hybrid, "compact")
     wanted: dict[str, dict[int, str]] = {}
     for tensor in planned.tensors:

@@ -1,7 +1,8 @@
 """Our tensor data is llama-quantize's, byte for byte: the whole data section, against the library itself.
 
-Stock is given our recipe as tensor-type overrides, our base mix and the same importance matrix. Random models cover
-the architectures; the trained embedded model covers every tier and five stock mixes.
+Stock is given our recipe as tensor-type overrides, our base mix and the same importance matrix, which we take as it is
+(test_fill.py does the same with filled ones). Random models cover the architectures; the trained embedded model covers
+every tier and five stock mixes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def test_embedded_model(tmp_path: Path) -> None:
     """All nine tiers and five stock mixes in one pass, with experts that calibration never reached."""
     source, imatrix = embedded_model(), tmp_path / "imatrix.gguf"
     random_imatrix(source, seed=1, uncovered={"blk.5.ffn_down_exps.weight": [1, 4]}).write(imatrix)
-    made = quantize(source, [*TIERS, *MIXES], imatrix=imatrix, out=tmp_path, threads=2)
+    made = quantize(source, [*TIERS, *MIXES], imatrix=imatrix, out=tmp_path, threads=2, fill="none")
     assert made.job is not None
     assert made.job.rows_encoded == made.job.rows_distinct
     assert made.job.bytes_read == made.job.source_bytes
@@ -67,6 +68,7 @@ def test_random_models(tmp_path: Path) -> None:
         source = write_random_gguf(tmp_path / f"{architecture}-BF16.gguf", architecture)
         imatrix = tmp_path / f"{architecture}.imatrix.gguf"
         random_imatrix(source, seed=2).write(imatrix)
-        result = quantize(source, ["quality", "compact", "micro"], imatrix=imatrix, out=tmp_path, threads=2)
+        tiers = ["quality", "compact", "micro"]
+        result = quantize(source, tiers, imatrix=imatrix, out=tmp_path, threads=2, fill="none")
         made += [(source, imatrix, output) for output in result.outputs]
     assert_same(made, tmp_path)

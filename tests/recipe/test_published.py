@@ -253,7 +253,7 @@ def test_pruned_files(models: Models, tmp_path: Path) -> None:
 
     path, gone = models("qwen3moe"), (1, 2, 5)
     random_imatrix(path, seed=3).write(tmp_path / "imatrix.gguf")
-    flags = PlanOptions(prune_layers=gone)
+    flags = PlanOptions(prune_layers=gone, fill="none")
     (made,) = quantize(path, "i-compact", imatrix=tmp_path / "imatrix.gguf", out=tmp_path, options=flags).outputs
     overrides = [(pattern, kind.id) for pattern, kind in made.plan.recipe.overrides()]
     stock = tmp_path / "stock.gguf"

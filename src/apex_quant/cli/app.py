@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 from apex_quant.cli import one_line, safe
+from apex_quant.cli.calibrate import calibrate
+from apex_quant.cli.imatrix import imatrix_app
 from apex_quant.errors import InputError, UsageError
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="--debug with any command shows tracebacks and the library's log.",
 )
+app.command()(calibrate)
+app.add_typer(imatrix_app, name="imatrix")
 
 _PIPE_WIDTH = 1000  # lines are for tools then, and none is broken
 
@@ -50,6 +54,11 @@ TierNames = Annotated[
                  "'all' for the nine published tiers"),
 ]  # fmt: skip
 Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="importance matrix, GGUF or .dat")]
+Fill = Annotated[
+    str,
+    typer.Option("--fill", metavar="RULE", help="'prior' shrinks the importance of thinly covered experts towards "
+                 "their tensor's mean, 'none' takes the matrix as it is"),
+]  # fmt: skip
 Recipe = Annotated[Path | None, typer.Option("--recipe", help="tensor-type file or JSON recipe; wins over the tier")]
 Like = Annotated[Path | None, typer.Option("--like", help="take the types of this GGUF")]
 Override = Annotated[
@@ -111,6 +120,7 @@ def _options(
     split_max_size: str | None,
     keep_split: bool,
     allow_requantize: bool,
+    fill: str,
 ) -> Any:
     from apex_quant.recipe.planned import PlanOptions
 
@@ -133,6 +143,7 @@ def _options(
         split_max_size=parse_size(split_max_size) if split_max_size else None,
         keep_split=keep_split,
         allow_requantize=allow_requantize,
+        fill=fill,
     )
 
 
@@ -158,7 +169,7 @@ def quickstart(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="where the files go")] = Path("quickstart"),
     as_json: Json = False,
 ) -> None:
-    """See it work: inspect, plan, quantize and verify the model that ships in the package."""
+    """See it work: inspect, plan, calibrate, quantize and verify the model that ships in the package."""
     from apex_quant.cli.quickstart import quickstart as run
 
     document = run(folder, _console(as_json))
@@ -234,6 +245,7 @@ def plan(
         Path | None, typer.Option("-o", "--out", help="write the recipe (.json, or a tensor-type file)")
     ] = None,
     imatrix: Imatrix = None,
+    fill: Fill = "prior",
     recipe: Recipe = None,
     like: Like = None,
     override: Override = None,
@@ -259,6 +271,7 @@ def plan(
     options = _options(
         recipe, like, override, cell, published, output_tensor_type, token_embedding_type, leave_output_tensor,
         pure, override_kv, prune_layers, split_max_size, keep_split, allow_requantize,
+        fill,
     )  # fmt: skip
     limit = parse_size(fit) if fit else None
     names = expand_tiers(tier or ("all" if limit is not None else None))
@@ -303,6 +316,7 @@ def quantize(
     tier: TierNames = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="file name, or folder (default: this one)")] = None,
     imatrix: Imatrix = None,
+    fill: Fill = "prior",
     recipe: Recipe = None,
     like: Like = None,
     override: Override = None,
@@ -330,6 +344,7 @@ def quantize(
     options = _options(
         recipe, like, override, cell, published, output_tensor_type, token_embedding_type, leave_output_tensor,
         pure, override_kv, prune_layers, split_max_size, keep_split, allow_requantize,
+        fill,
     )  # fmt: skip
     with JobBar(f"quantizing {model.name}") as bar:
         result = run(

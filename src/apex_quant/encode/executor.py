@@ -22,6 +22,7 @@ from apex_quant.encode.tasks import Task
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError
 from apex_quant.gguf import TYPES, GGMLType, GGUFModel, open_model
 from apex_quant.importance import Importance
+from apex_quant.importance.fill import NO_PRIOR, applied
 from apex_quant.native import ggml
 from apex_quant.native.worker import Emit, Json, Stopped
 
@@ -276,7 +277,7 @@ def run(payload: Json, emit: Emit, stop: threading.Event, fds: Sequence[int]) ->
     """Entry point of the child process; `payload` as job.py makes it, `fds` one for each of payload["names"]."""
     importance: Importance | None = None
     if payload["imatrix"] is not None:
-        importance = Importance.read(Path(payload["imatrix"]))
+        importance = applied(Importance.read(Path(payload["imatrix"])), payload.get("prior", NO_PRIOR))
     sinks: list[Sink] = [
         Comparison(fd, name) if payload.get("compare") else PartialFile(fd, name)
         for fd, name in zip(fds, payload["names"], strict=True)

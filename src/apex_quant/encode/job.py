@@ -18,6 +18,7 @@ from apex_quant.encode.output import Output, content_hash
 from apex_quant.encode.tasks import Task, Write, uses_importance
 from apex_quant.errors import UsageError
 from apex_quant.gguf import GGUFModel, TensorInfo, require_space, stock_order
+from apex_quant.importance.fill import NO_PRIOR
 from apex_quant.native import Child, library_info
 from apex_quant.recipe.planned import Plan
 
@@ -117,6 +118,7 @@ def run_job(
     not finite), NativeError (the library died). Whatever was finished before stays and is not made again.
     """
     report = progress or (lambda _: None)
+    prior = _one_prior([plan for plan, _ in plans])
     outputs = [
         Output(plan, target, source_identity(model, imatrix_sha256 if plan.importance else None))
         for plan, target in plans
@@ -133,12 +135,20 @@ def run_job(
         if not pending:
             return outputs, JobResult(0, 0, 0, 0, "", "")
         working = [output for output in pending if len(output.done) < len(output.plan.tensors)]
-        result = _encode(model, working, make_tasks(model, working), imatrix, threads, report, child)
+        result = _encode(model, working, make_tasks(model, working), imatrix, prior, threads, report, child)
         _finish(model, outputs, result, threads, report)
         return outputs, result
     finally:
         for output in outputs:
             output.close()
+
+
+def _one_prior(plans: Sequence[Plan]) -> str:
+    """How the matrix is filled: a tensor is encoded once for all outputs, so they must agree on its importance."""
+    priors = {plan.prior for plan in plans if plan.importance} or {NO_PRIOR}
+    if len(priors) > 1:
+        raise UsageError("outputs of one pass cannot fill the importance matrix in different ways")
+    return priors.pop()
 
 
 def _refuse_inputs(output: Output, inputs: Sequence[Path]) -> None:
@@ -169,6 +179,7 @@ def _encode(
     outputs: Sequence[Output],
     tasks: Sequence[Task],
     imatrix: Path | None,
+    prior: str,
     threads: int,
     report: Callable[[JobProgress], None],
     child: Child | None,
@@ -199,6 +210,7 @@ def _encode(
     payload = {
         "source": str(model.path),
         "imatrix": str(imatrix) if imatrix is not None else None,
+        "prior": prior,
         "names": [str(path) for output in outputs for path in output.paths],
         "tasks": [task.to_json() for task in tasks],
         "threads": threads,

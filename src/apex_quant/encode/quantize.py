@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,23 @@ def quantize(
     force: bool = False,
     dry_run: bool = False,
     options: PlanOptions | None = None,
+    fill: str | None = None,
     progress: Callable[[JobProgress], None] | None = None,
 ) -> Quantized:
     """Quantize `model` (a GGUF, any shard) to one or more tiers in one pass over its data.
 
     `tier`: names of tiers, .toml files or llama-quantize mixes, or 'all' for the nine published tiers; None with
     options.recipe or options.like. `out`: a file name for a single output, else a folder (default: the current
-    one) for MODEL-APEX-TIER.gguf names. `threads` defaults to the processors this process may use. The same call
-    after an interruption goes on from where it stopped and ends with the same bytes.
+    one) for MODEL-APEX-TIER.gguf names. `fill` is options.fill: 'prior' shrinks the importance of thinly covered
+    experts towards their tensor's mean, 'none' is llama-quantize's rule. `threads` defaults to the processors this
+    process may use. The same call after an interruption goes on from where it stopped and ends with the same bytes.
 
     Raises UsageError, InputError, ResourceError or NativeError; finished work is kept.
     """
     started = time.monotonic()
     options = options or PlanOptions()
+    if fill is not None:
+        options = replace(options, fill=fill)
     tiers = expand_tiers(tier)
     with ExitStack() as stack:
         # the child needs 0.3 s to start, which pass while the outputs are planned here

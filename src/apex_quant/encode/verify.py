@@ -25,9 +25,10 @@ from apex_quant.encode.tasks import Task, Write, uses_importance
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import GGUFModel, TensorInfo, open_model, stock_order
 from apex_quant.importance import Importance
+from apex_quant.importance.fill import NO_PRIOR, parse_prior
 from apex_quant.model.inspect import model_roles
 from apex_quant.native import ggml, library_info, run_in_child
-from apex_quant.recipe.metadata import DATA_HASH, PRUNED_LAYERS, SOURCE_HASH
+from apex_quant.recipe.metadata import DATA_HASH, IMATRIX_HASH, IMATRIX_PRIOR, PRUNED_LAYERS, SOURCE_HASH
 from apex_quant.recipe.mixes import allows_quantization
 from apex_quant.recipe.pruning import pruned_names
 from apex_quant.recipe.recipe import Recipe
@@ -211,7 +212,7 @@ def _check_against_source(
     threads: int | None,
     progress: Callable[[JobProgress], None] | None,
 ) -> None:
-    stated = model.get("apex.imatrix.sha256")
+    stated = model.get(IMATRIX_HASH)
     if stated is not None or matrix is not None:
         given = matrix.sha256 if matrix else None
         detail = f"the file was made with {stated}, " + (f"this one is {given}" if given else "none was given")
@@ -233,7 +234,8 @@ def _check_against_source(
         result.add("importance", None, f"{len(without)} tensors cannot be encoded again without their matrix: {names}")
     chosen = [name for name in chosen if name not in without]
     tasks = [_task(sources[name], model.tensors[name], weighted) for name in chosen]
-    hashes, differences = _compare(model, original, tasks, imatrix if weighted else None, threads, progress)
+    prior = _prior(model, result) if usable is not None else NO_PRIOR
+    hashes, differences = _compare(model, original, tasks, imatrix if weighted else None, prior, threads, progress)
     result.differences = _by_tensor(model, chosen, differences)
     unequal = [row["tensor"] for row in result.differences]
     result.add(
@@ -263,6 +265,20 @@ def _sources(model: GGUFModel, original: GGUFModel) -> dict[str, TensorInfo]:
     return {new: original.tensors[name] for name, new in names.items()}
 
 
+def _prior(model: GGUFModel, result: Verification) -> str:
+    """How the file says that its importance matrix was filled; files without a word took it as it was."""
+    stated = model.get(IMATRIX_PRIOR)
+    if stated is None:
+        return NO_PRIOR
+    try:
+        parse_prior(str(stated))
+    except InputError as error:
+        result.add("imatrix prior", None, error.message)
+        return NO_PRIOR
+    result.add("imatrix prior", True, str(stated))
+    return str(stated)
+
+
 def _lacks_importance(source: TensorInfo, target: TensorInfo, matrix: Importance | None) -> bool:
     """Whether ggml would end the process: some encoders do when called without importance."""
     if source.type is target.type or not ggml().requires_imatrix(target.type.id):
@@ -285,6 +301,7 @@ def _compare(
     original: GGUFModel,
     tasks: Sequence[Task],
     imatrix: str | Path | None,
+    prior: str,
     threads: int | None,
     progress: Callable[[JobProgress], None] | None,
 ) -> tuple[dict[str, str], list[list[tuple[int, int, int]]]]:
@@ -307,6 +324,7 @@ def _compare(
         payload = {
             "source": str(original.path),
             "imatrix": str(imatrix) if imatrix is not None else None,
+            "prior": prior,
             "names": [str(file.path) for file in model.files],
             "tasks": [task.to_json() for task in tasks],
             "threads": threads or usable_cpus(),

@@ -1,12 +1,14 @@
 """Importance matrices as GGUF files: general.type = imatrix, `<tensor>.in_sum2` and `<tensor>.counts`.
 
-The form of llama-imatrix (tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp). Where stock's loader skips
-something without a word (a tensor of another kind) it is kept in `Importance.ignored`; where it would
-read on with wrong numbers (sums that are no multiple of the counts, negative counts) reading stops.
+The form of llama-imatrix (tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp). Stock's loader skips tensors of
+another kind without a word: those with `.apex_` in their names are our extra data, others are kept in
+`Importance.ignored` by name. Where it would read on with wrong numbers (sums that are no multiple of the counts,
+negative counts) reading stops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,13 +21,15 @@ from apex_quant.gguf.types import TYPES
 from apex_quant.gguf.values import Value, ValueType
 from apex_quant.gguf.writer import TensorSpec, layout
 from apex_quant.importance.hashed import hashed_file
-from apex_quant.importance.imatrix import F32, Entry, Importance
+from apex_quant.importance.imatrix import F32, Entry, Extra, Importance
 
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 SUMS, COUNTS = ".in_sum2", ".counts"
+EXTRA = ".apex_"
 MAX_ROWS = 1 << 16  # experts of one tensor; far above any model
 MAX_COUNT = 1 << 53  # tokens behind one row
-MAX_NAME = 63 - len(SUMS.encode())  # ggml cuts longer tensor names
+MAX_TENSOR_NAME = 63  # ggml cuts longer ones
+MAX_NAME = MAX_TENSOR_NAME - len(SUMS)
 
 
 def read(path: Path) -> Importance:
@@ -38,10 +42,13 @@ def read(path: Path) -> Importance:
         if kind is not None and kind != "imatrix":
             raise InputError(f"{path}: a GGUF file of type {kind!r}, not an importance matrix")
         pairs: dict[str, dict[str, TensorInfo]] = {}
+        extras: dict[str, Extra] = {}
         ignored = []
         for info in model.tensors.values():
             suffix = next((s for s in (SUMS, COUNTS) if info.name.endswith(s) and info.name != s), None)
-            if suffix is None:
+            if suffix is None and EXTRA in info.name and info.type.name == "F32" and info.n_elements:
+                extras[info.name] = Extra(info.shape[::-1], _values(model, info))
+            elif suffix is None:
                 ignored.append(info.name)
             else:
                 pairs.setdefault(info.name.removesuffix(suffix), {})[suffix] = info
@@ -63,6 +70,7 @@ def read(path: Path) -> Importance:
                 for key, value in model.metadata.items()
                 if key not in ("general.type", DATASETS, CHUNK_COUNT, CHUNK_SIZE)
             },
+            extras={name: extras[name] for name in sorted(extras, key=_bytes)},
             ignored=tuple(ignored),
             _files=files.pop_all(),
         )
@@ -76,6 +84,10 @@ def write(importance: Importance, path: Path) -> str:
     too_long = next((name for name in names if len(_bytes(name)) > MAX_NAME), None)
     if too_long is not None:
         raise InputError(f"{too_long}: name longer than the {MAX_NAME} bytes that llama.cpp can read")
+    extras = sorted(importance.extras, key=_bytes)
+    wrong = next((name for name in extras if EXTRA not in name or len(_bytes(name)) > MAX_TENSOR_NAME), None)
+    if wrong is not None:
+        raise InputError(f"{wrong}: extra tensors have {EXTRA} in their names and at most {MAX_TENSOR_NAME} bytes")
     metadata = {
         "general.type": Value.string("imatrix"),
         DATASETS: Value.array(ValueType.STRING, tuple(importance.datasets)),
@@ -90,6 +102,7 @@ def write(importance: Importance, path: Path) -> str:
             TensorSpec(name + SUMS, (entry.n_in, entry.n_mat), f32),
             TensorSpec(name + COUNTS, (1, entry.n_mat), f32),
         ]
+    specs += [TensorSpec(name, importance.extras[name].shape[::-1], f32) for name in extras]
     plan = layout(metadata, specs)
     with hashed_file(path) as file:
         file.put(plan.header)
@@ -97,6 +110,8 @@ def write(importance: Importance, path: Path) -> str:
             entry = importance.entries[name]
             file.put(entry.sums.astype("<f4").tobytes(), plan.offsets[name + SUMS])
             file.put(entry.counts.astype("<f4").tobytes(), plan.offsets[name + COUNTS])
+        for name in extras:
+            file.put(importance.extras[name].values.astype("<f4").tobytes(), plan.offsets[name])
         file.put(b"", plan.total_bytes)
     return file.sha256
 
@@ -115,12 +130,15 @@ def _entry(model: GGUFModel, path: Path, name: str, pair: dict[str, TensorInfo])
     raw = np.frombuffer(model.read(counts), dtype="<f4").astype(np.float64)
     if not (np.isfinite(raw) & (raw >= 0) & (raw <= MAX_COUNT)).all():
         raise InputError(f"{path}: {name}: a count is not a finite non-negative number of tokens")
-
-    def values(start: int, n: int) -> F32:
-        return np.frombuffer(model.read(sums, start * 4, n * 4), dtype="<f4").astype(np.float32, copy=False)
-
     # lround of a non-negative float32: the sum is exact in double
-    return Entry(np.floor(raw + 0.5).astype(np.int64), size // n_mat, values)
+    return Entry(np.floor(raw + 0.5).astype(np.int64), size // n_mat, _values(model, sums))
+
+
+def _values(model: GGUFModel, info: TensorInfo) -> Callable[[int, int], F32]:
+    def read(start: int, n: int) -> F32:
+        return np.frombuffer(model.read(info, start * 4, n * 4), dtype="<f4").astype(np.float32, copy=False)
+
+    return read
 
 
 def _string(model: GGUFModel, key: str) -> str | None:

@@ -10,6 +10,7 @@ model take more than a gigabyte.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -37,6 +38,8 @@ _CHECK_BLOCK = 1 << 20  # values looked at together: bounds the memory of a chec
 # Above this the encoders overflow float32 and some abort the process; real sums stay below 1e16.
 MAX_SUM = 1e30
 MAX_FILE_BYTES = 8 << 30  # 2 GB for 400 experts in 60 layers; bounds the time a hole-filled file can take
+PRIOR = "apex.prior"
+"""The key that marks a filled matrix (fill.py) and says by which rule."""
 
 
 class TensorLike(Protocol):
@@ -51,13 +54,13 @@ class TensorLike(Protocol):
 class Entry:
     """Sums and counts of one tensor. `counts` int64 [n_mat]; `sums` float32 [n_mat, n_in], read on demand."""
 
-    __slots__ = ("_read", "counts", "n_in")
+    __slots__ = ("counts", "n_in", "read")
 
     def __init__(self, counts: I64, n_in: int, read: Callable[[int, int], F32]) -> None:
         """`read(start, n)` gives n of the n_mat * n_in sums, flat."""
         self.counts = counts
         self.n_in = n_in
-        self._read = read
+        self.read = read
 
     @classmethod
     def of(cls, sums: ArrayLike, counts: ArrayLike) -> Self:
@@ -81,7 +84,7 @@ class Entry:
 
     @property
     def sums(self) -> F32:
-        return self._read(0, self.size).reshape(self.n_mat, self.n_in)
+        return self.read(0, self.size).reshape(self.n_mat, self.n_in)
 
     def weights(self) -> F32:
         """Float32 [n_mat, n_in]: sum / count, ones where the count is 0."""
@@ -96,7 +99,7 @@ class Entry:
             row = int(np.flatnonzero(self.counts < 0)[0])
             raise InputError(f"{where}: {name}: count {self.counts[row]} of row {row} is negative")
         for start in range(0, self.size, _CHECK_BLOCK):
-            block = self._read(start, min(_CHECK_BLOCK, self.size - start))
+            block = self.read(start, min(_CHECK_BLOCK, self.size - start))
             good = (block >= 0) & (block <= MAX_SUM)  # false for NaN
             if not good.all():
                 at = int(np.flatnonzero(~good)[0])
@@ -108,13 +111,53 @@ class Entry:
                 )
 
 
+class Extra:
+    """A tensor beyond sums and counts, under a name with `.apex_` in it: stock's loader passes over it.
+
+    Float32 of any finite values; `shape` as numpy has it, read on demand.
+    """
+
+    __slots__ = ("read", "shape")
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[int, int], F32]) -> None:
+        """`read(start, n)` gives n of the values, flat."""
+        self.shape = shape
+        self.read = read
+
+    @classmethod
+    def of(cls, values: ArrayLike) -> Self:
+        """One in memory. ValueError without values."""
+        array = np.array(values, dtype=np.float32, ndmin=1, order="C")
+        if array.size == 0:
+            raise ValueError("an extra tensor without values")
+        flat = array.reshape(-1)
+        return cls(array.shape, lambda start, n: flat[start : start + n])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def values(self) -> F32:
+        return self.read(0, self.size).reshape(self.shape)
+
+    def check(self, name: str, where: str = "importance matrix") -> None:
+        """InputError naming the tensor unless all values are finite."""
+        for start in range(0, self.size, _CHECK_BLOCK):
+            good = np.isfinite(self.read(start, min(_CHECK_BLOCK, self.size - start)))
+            if not good.all():
+                at = start + int(np.flatnonzero(~good)[0])
+                raise InputError(f"{where}: {name}: value {at} is not finite", "the file is damaged; make it again")
+
+
 @dataclass(eq=False)
 class Importance:
     """An importance matrix: entries by tensor name, and what it was made from.
 
     `legacy` says that it came from a .dat file, which knows neither tokens nor experts: there counts are the
     file's chunks times 512 and expert rows lie one after the other in a single row. `metadata` are further
-    keys of a GGUF file (not imatrix.*), kept when written again; `ignored` are its tensors of another kind.
+    keys of a GGUF file (not imatrix.*) and `extras` its apex tensors, both kept when it is written again;
+    `ignored` are tensors of another kind, and those that merging could not keep.
     `file_name` (without directory) and `sha256` are those of the file read.
     """
 
@@ -124,21 +167,30 @@ class Importance:
     chunk_size: int = DEFAULT_CHUNK_SIZE
     metadata: dict[str, Value] = field(default_factory=dict)
     legacy: bool = False
+    extras: dict[str, Extra] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     file_name: str | None = None
     sha256: str | None = None
     _files: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, tuple[ArrayLike, ArrayLike]], **about: Any) -> Importance:
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, tuple[ArrayLike, ArrayLike]],
+        *,
+        extras: Mapping[str, ArrayLike] | None = None,
+        **about: Any,
+    ) -> Importance:
         """From {tensor name: (sums [n_mat, n_in], counts [n_mat])}; checked as a file would be.
 
-        `about` are the other fields (datasets, chunk_count, chunk_size, metadata).
+        `extras` are {name with .apex_ in it: values}, `about` the other fields (datasets, chunk_count, chunk_size,
+        metadata).
         """
         entries = {name: Entry.of(sums, counts) for name, (sums, counts) in arrays.items()}
-        for name, entry in entries.items():
-            entry.check(name)
-        return cls(entries, **about)
+        more = {name: Extra.of(values) for name, values in (extras or {}).items()}
+        made = cls(entries, extras=more, **about)
+        made.check()
+        return made
 
     # --- files ---
 
@@ -159,8 +211,7 @@ class Importance:
             is_gguf = file.read(4) == b"GGUF"
             importance = gguf_form.read(path) if is_gguf else legacy.read(path)
             try:
-                for name, entry in importance.entries.items():
-                    entry.check(name, str(path))
+                importance.check(str(path))
             except BaseException:
                 importance.close()
                 raise
@@ -197,7 +248,20 @@ class Importance:
     ) -> None:
         self.close()
 
+    def check(self, where: str = "importance matrix") -> None:
+        """InputError naming the tensor unless all counts, sums and extra values are sane. Reads everything."""
+        for name, entry in self.entries.items():
+            entry.check(name, where)
+        for name, extra in self.extras.items():
+            extra.check(name, where)
+
     # --- lookup ---
+
+    @property
+    def prior(self) -> str | None:
+        """The rule by which this matrix was filled ('shrink K=64'); None for a raw one, which can be merged."""
+        value = self.metadata.get(PRIOR)
+        return None if value is None else value.data if isinstance(value.data, str) else str(value)
 
     def weights(self, name: str) -> F32:
         """Weights of entry `name`, float32 [n_mat, n_in], as llama-quantize makes them. KeyError."""

@@ -23,6 +23,8 @@ SOURCE_HASH = "apex.source.sha256"
 DATA_HASH = "apex.data.sha256"
 LIBRARY_COMMIT = "apex.library.commit"
 PRUNED_LAYERS = "apex.pruned_layers"
+IMATRIX_HASH = "apex.imatrix.sha256"
+IMATRIX_PRIOR = "apex.imatrix.prior"
 RESERVED: Mapping[str, int] = {LIBRARY_COMMIT: 40, SOURCE_HASH: 64, DATA_HASH: 64}
 """Fields filled after encoding, with their width in bytes; shorter values are padded with spaces."""
 
@@ -126,8 +128,12 @@ def output_metadata(
     zones: str,
     types: Iterable[GGMLType],
     importance: Importance | None,
+    prior: str = "none",
 ) -> dict[str, Value]:
-    """All keys of the output in order. `source` is the model's metadata after the user's own overrides."""
+    """All keys of the output in order. `source` is the model's metadata after the user's own overrides.
+
+    `prior` says how the importance matrix is filled, when there is one.
+    """
     kept = {
         key: value for key, value in source.items() if key not in _REPLACED and not key.startswith(_DROPPED_PREFIXES)
     }
@@ -149,7 +155,9 @@ def output_metadata(
     if needed is not None:
         result["apex.llama_cpp.needs"] = Value.string(needed)
     if importance is not None and importance.sha256 is not None:
-        result["apex.imatrix.sha256"] = Value.string(importance.sha256)
+        result[IMATRIX_HASH] = Value.string(importance.sha256)
+    if importance is not None:
+        result[IMATRIX_PRIOR] = Value.string(prior)
     for key, width in RESERVED.items():
         result[key] = Value.string(" " * width)
     return result

@@ -136,13 +136,14 @@ class MixFacts(Protocol):
 class Choice:
     """The type a tensor gets. `wanted` differs from it when the row length forced a fallback.
 
-    `detail` says more where there is more: why it is kept (at its source type), the override's pattern.
+    `detail` says more where there is more: why it is kept (at its source type), the override's pattern, the type that
+    was given up for want of importance (unreached.py).
     """
 
     name: str
     type: GGMLType
     wanted: GGMLType
-    why: Literal["kept", "mix", "override", "output type", "embedding type"]
+    why: Literal["kept", "mix", "override", "output type", "embedding type", "no importance"]
     detail: str = ""
 
 

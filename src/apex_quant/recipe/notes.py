@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from apex_quant.gguf import TensorInfo
-from apex_quant.importance import Importance
+from apex_quant.importance import Entry, Importance
+from apex_quant.importance.fill import NO_PRIOR, is_expert, parse_prior, prior_of
 from apex_quant.model import Role
 from apex_quant.recipe.planned import PlannedTensor
 
 
 def type_notes(tensors: Sequence[PlannedTensor], missing: Sequence[str], *, allow_requantize: bool) -> list[str]:
-    """Fallback types, types that need importance and have none (`missing`), experts kept in FP4."""
+    """Fallback types, types that need importance and have none (`missing`) or were spared, experts kept in FP4."""
     notes = []
     fallen = [t for t in tensors if t.fallback_from]
     if fallen:
@@ -25,6 +25,13 @@ def type_notes(tensors: Sequence[PlannedTensor], missing: Sequence[str], *, allo
         )
     if missing:
         notes.append(f"{len(missing)} tensors need an importance matrix and have none: {listed(missing, 3)}")
+    spared = [t for t in tensors if t.why.startswith("no importance")]
+    if spared:
+        changes = [f"{t.name} ({t.why.rpartition(' ')[2]} -> {t.type.name})" for t in spared]
+        notes.append(
+            f"{len(spared)} tensors that calibration did not reach take a type that needs no importance: "
+            + listed(changes, 20)
+        )
     fp4 = [t for t in tensors if t.source_type.kind == "fp4" and t.type is t.source_type and not t.kept]
     if fp4 and not allow_requantize:
         notes.append(
@@ -53,33 +60,61 @@ def tier_notes(tensors: Sequence[PlannedTensor], *, is_moe: bool, published: boo
 
 
 def importance_notes(
-    tensors: Sequence[PlannedTensor], sources: Mapping[str, TensorInfo], importance: Importance
+    tensors: Sequence[PlannedTensor], sources: Mapping[str, TensorInfo], importance: Importance, fill: str
 ) -> list[str]:
-    """Tensors and experts the matrix has nothing for. Raises InputError where it was made for other shapes."""
-    without, experts = [], {}
+    """Tensors and experts the matrix has nothing for, or little; `fill` as in PlanOptions.
+
+    Raises InputError where the matrix was made for other shapes.
+    """
+    without: list[str] = []
+    served: list[tuple[PlannedTensor, str, Entry]] = []
     for t in tensors:
         if t.type is t.source_type or t.type.imatrix == "unused":
             continue
         source = sources[t.name]
         name = importance.find(source.name)
-        entry = importance.entries[name] if name is not None else None
-        if entry is None or (
-            # for_tensor refuses sizes that do not fit, unless stock forgives them
-            entry.size != math.prod((t.shape[0], *t.shape[2:3])) and importance.for_tensor(source) is None
-        ):
+        # fits refuses sizes that do not, unless stock forgives them
+        if name is None or not importance.fits(source):
             without.append(t.name)
-            continue
+        else:
+            served.append((t, name, importance.entries[name]))
+    notes = [f"{len(without)} quantized tensors have no importance: {listed(without, 4)}"] if without else []
+    return notes + _expert_notes(served, importance, fill)
+
+
+def _expert_notes(served: Sequence[tuple[PlannedTensor, str, Entry]], importance: Importance, fill: str) -> list[str]:
+    """Experts without tokens, with few, and without counts of their own."""
+    strength = parse_prior(prior_of(importance, fill)) if importance.prior is None else None
+    unweighted: dict[str, list[int]] = {}
+    filled: dict[str, list[int]] = {}
+    uncounted: list[str] = []
+    thin = 0
+    for t, name, entry in served:
+        shrunk = strength is not None and is_expert(name, entry)
         rows = [i for i, count in enumerate(entry.counts) if count == 0]
         if rows:
-            experts[t.name] = rows
+            (filled if shrunk and len(rows) < entry.n_mat else unweighted)[t.name] = rows
+        if strength is not None and shrunk:
+            thin += int(((entry.counts > 0) & (entry.counts < strength)).sum())
+        if entry.n_mat == 1 and t.role.expert_axis is not None:
+            uncounted.append(t.name)
     notes = []
-    if without:
-        notes.append(f"{len(without)} quantized tensors have no importance: {listed(without, 4)}")
-    if experts:
+    for found, what in ((unweighted, "are encoded unweighted"), (filled, "take their tensor's mean over experts")):
+        if found:
+            rows_of = [f"{name}: {rows}" for name, rows in found.items()]
+            notes.append(
+                f"{sum(map(len, found.values()))} expert matrices in {len(found)} tensors had no calibration "
+                f"tokens and {what}: {listed(rows_of, 4, separator='; ')}"
+            )
+    if thin:
         notes.append(
-            f"{sum(map(len, experts.values()))} expert matrices in {len(experts)} tensors had no calibration "
-            "tokens and are encoded unweighted: "
-            + listed([f"{name}: {rows}" for name, rows in experts.items()], 4, separator="; ")
+            f"{thin} expert matrices had fewer than {strength:g} tokens: their importance is for the most part their "
+            "tensor's mean over experts"
+        )
+    if uncounted and fill != NO_PRIOR and importance.prior is None:
+        notes.append(
+            f"{len(uncounted)} expert tensors have no token counts per expert in the matrix"
+            f"{' (a .dat file never has)' if importance.legacy else ''}, so nothing is filled: {listed(uncounted, 2)}"
         )
     return notes
 

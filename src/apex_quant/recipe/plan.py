@@ -5,7 +5,6 @@ A plan needs the source's header and nothing else: no tensor data, no library.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from apex_quant.gguf import (
     stock_order,
 )
 from apex_quant.importance import Importance
+from apex_quant.importance.fill import NO_PRIOR, RULES, prior_of
 from apex_quant.model import Role, ZoneRule, classify, facts_of, zone_rule
+from apex_quant.recipe.label import and_more, base_of_types
 from apex_quant.recipe.metadata import PRUNED_LAYERS, display_name, output_metadata, parse_kv_override
 from apex_quant.recipe.mixes import (
     MIXES,
@@ -49,6 +50,7 @@ from apex_quant.recipe.recipe import (
 )
 from apex_quant.recipe.stock_rules import category
 from apex_quant.recipe.tiers import Tier, find_tier, published_lines, with_cells
+from apex_quant.recipe.unreached import spare
 
 _DEFAULTS = PlanOptions()
 
@@ -107,6 +109,9 @@ class _Planner:
             self.label = self.tier.name if options.cell else alias or self.tier.name
         wants = self.tier.importance if self.tier else "optional"
         self.importance = None if wants == "none" else imatrix
+        if options.fill not in RULES:
+            raise UsageError(f"--fill {options.fill!r}: choose {' or '.join(RULES)}")
+        self.prior = NO_PRIOR if self.importance is None else prior_of(self.importance, options.fill)
         self.warnings: list[str] = []
         if wants == "none" and imatrix is not None and self.tier is not None:
             self.warnings.append(f"tier {self.tier.name} is encoded without importance: the matrix is not used")
@@ -133,8 +138,8 @@ class _Planner:
 
     # --- types ---
 
-    def _manual(self) -> dict[str, GGMLType]:
-        """The types that are not the base mix's to decide: overrides, then recipe, then --like, then tier."""
+    def _tier_types(self) -> dict[str, GGMLType]:
+        """The types that the tier's columns give."""
         options, names = self.options, list(self.sources)
         manual: dict[str, GGMLType] = {}
         if self.tier is not None and options.published:
@@ -149,13 +154,19 @@ class _Planner:
         if not options.allow_requantize:
             # experts that the model was trained with in MXFP4 or NVFP4 stay as they are unless asked
             manual |= {name: info.type for name, info in self.sources.items() if info.type.kind == "fp4"}
+        return manual
+
+    def _asked_types(self) -> dict[str, GGMLType]:
+        """The types that the user named: overrides, then recipe, then --like."""
+        options, names = self.options, list(self.sources)
+        asked: dict[str, GGMLType] = {}
         if options.like is not None:
             with open_model(options.like) as other:
-                manual |= self._like(other, names)
+                asked |= self._like(other, names)
         if options.recipe is not None:
-            manual |= self._matched(read_recipe(options.recipe), names, str(options.recipe))
+            asked |= self._matched(read_recipe(options.recipe), names, str(options.recipe))
         own: list[Override] = [parse_override(text, lower=False) for text in options.override]
-        return manual | self._matched(own, names, "--override")
+        return asked | self._matched(own, names, "--override")
 
     def _matched(self, overrides: Sequence[Override], names: list[str], where: str) -> dict[str, GGMLType]:
         places = first_matches(overrides, names)
@@ -175,7 +186,7 @@ class _Planner:
         wrong = [name for name in names if not fits(name)]
         if wrong:
             raise InputError(
-                f"{self.options.like} has no {wrong[0]} of this shape" + _and_more(wrong),
+                f"{self.options.like} has no {wrong[0]} of this shape" + and_more(wrong),
                 hint="--like wants a file of the same model",
             )
         types = recipe_of(other)
@@ -205,40 +216,16 @@ class _Planner:
             return self.base
         if not (options.recipe or options.like or options.override):
             raise UsageError("nothing says which types to use", hint="give --tier, --recipe or --like")
-        # every type is named, so the base only labels the file: take the mix of the most common one
-        common: Counter[str] = Counter()
-        rest = []
-        for name, info in self.sources.items():
-            if not allows_quantization(
-                name, info.shape, self.model.architecture, leave_output=options.leave_output_tensor
-            ):
-                continue
-            if name == "output.weight" and options.output_tensor_type:
-                continue
-            if category(name) == "embedding" and options.token_embedding_type:
-                continue
-            if name in manual:
-                common[manual[name].name] += info.nbytes
-            else:
-                rest.append(name)
-        if rest:
-            raise UsageError(
-                f"the recipe names no type for {rest[0]}" + _and_more(rest),
-                hint="give --tier as well: it decides what the recipe leaves open",
-            )
-        # a base of F16 and the like would make llama-quantize ignore all types
-        quantized = [name for name, _ in common.most_common() if ggml_type(name).is_quantized]
-        most = quantized[0] if quantized else next(iter(common), "Q8_0")
-        if not quantized and len(common) > 1:
-            most = "Q8_0"
-        return next((mix for mix, row in MIXES.items() if row.default.name == most), "Q8_0")
+        return base_of_types(self.sources, manual, self.model.architecture, options)
 
     # --- the plan ---
 
     def plan(self) -> Plan:
-        manual = self._manual()
+        asked = self._asked_types()
+        manual = self._tier_types() | asked  # the rest is the base mix's to decide
         base = self._base_or_error(manual)
-        tensors = tuple(self._planned(choice) for choice in self._choices(manual, base))
+        choices = spare(self._choices(manual, base), base, lambda name: name not in asked and self._unreached(name))
+        tensors = tuple(self._planned(choice) for choice in choices)
         # also what was left on request: a recipe says the type of all that could be quantized, and verify checks that
         arch = self.model.architecture
         quantized = {t.name: t.type for t in tensors if allows_quantization(t.name, t.shape, arch)}
@@ -259,6 +246,7 @@ class _Planner:
             zones=str(self.zones) if self.zones else "none",
             types=[t.type for t in tensors],
             importance=importance,
+            prior=self.prior,
         )
         if self.options.prune_layers:
             layers = sorted(set(self.options.prune_layers))
@@ -278,6 +266,7 @@ class _Planner:
             layouts=tuple(layouts),
             groups=tuple(groups),
             importance=importance is not None,
+            prior=self.prior,
             needs_importance=encodes and importance is None and wants == "required",
             missing_importance=missing,
             requantized=requantized,
@@ -317,7 +306,7 @@ class _Planner:
         if self.tier is not None:
             notes += tier_notes(tensors, is_moe=self.facts.is_moe, published=self.options.published)
         if self.importance is not None:
-            notes += importance_notes(tensors, self.sources, self.importance)
+            notes += importance_notes(tensors, self.sources, self.importance, self.options.fill)
         return notes
 
     def _layouts(self, metadata: dict[str, Value], specs: list[TensorSpec]) -> tuple[list[int], list[Layout]]:
@@ -339,10 +328,16 @@ class _Planner:
         for t in tensors:
             if t.type is t.source_type or not requires_imatrix(t.name, t.type, base):
                 continue
-            source = self.sources[t.name]
-            if self.importance is None or self.importance.for_tensor(source) is None:
+            if self.importance is None or not self.importance.fits(self.sources[t.name]):
                 missing.append(t.name)
         return tuple(missing)
+
+    def _unreached(self, name: str) -> bool:
+        """Whether the given matrix lacks a tensor of those that calibration cannot always reach."""
+        if self.importance is None or not (self.roles[name].nextn or category(name) in ("output", "embedding")):
+            return False
+        asked = {"output": self.options.output_tensor_type, "embedding": self.options.token_embedding_type}
+        return not asked.get(category(name)) and not self.importance.fits(self.sources[name])
 
 
 def _asked_type(name: str | None) -> GGMLType | None:
@@ -350,7 +345,3 @@ def _asked_type(name: str | None) -> GGMLType | None:
     if kind is not None and not kind.encodable:
         raise UsageError(f"{kind} cannot be encoded")
     return kind
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

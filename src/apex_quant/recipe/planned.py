@@ -59,7 +59,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """One output file (or set of shards), decided in full. Made by `plan`."""
+    """One output file (or set of shards), decided in full. Made by `plan`.
+
+    `prior` is how thinly covered experts are filled (importance/fill.py), 'none' without a matrix as well.
+    """
 
     model: str
     title: str
@@ -71,6 +74,7 @@ class Plan:
     layouts: tuple[Layout, ...] = field(repr=False)
     groups: tuple[int, ...] = field(repr=False)
     importance: bool
+    prior: str
     needs_importance: bool
     missing_importance: tuple[str, ...]
     requantized: tuple[str, ...]
@@ -115,7 +119,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What may be asked of a plan beyond the tier; the names are those of the command's flags."""
+    """What may be asked of a plan beyond the tier; the names are those of the command's flags.
+
+    `fill`: 'prior' shrinks thinly covered experts' importance towards their tensor's mean over experts, 'none' takes
+    the matrix as it is, which is what llama-quantize does.
+    """
 
     recipe: Path | None = None
     like: Path | None = None
@@ -131,3 +139,4 @@ class PlanOptions:
     split_max_size: int | None = None
     keep_split: bool = False
     allow_requantize: bool = False
+    fill: str = "prior"

@@ -1,0 +1,1 @@
+"""Calibration: an importance matrix from text, with what the experts and routers did."""
