@@ -79,7 +79,8 @@ def benchmark(options: argparse.Namespace, work: Path) -> Json:
         "threads": options.threads,
         "out": str(work / "ours"),
     }
-    planned = apex_quant.quantize(model, options.tier, imatrix=imatrix, dry_run=True).plans
+    raw = apex_quant.PlanOptions(fill="none")  # stock's rule for experts without data, so that bytes can be compared
+    planned = apex_quant.quantize(model, options.tier, imatrix=imatrix, dry_run=True, options=raw).plans
     warm_cache(model)
     runs: list[Json] = []
     for _ in range(options.repeat):
@@ -150,6 +151,7 @@ def run_ours(job: Json) -> Json:
         imatrix=job["imatrix"],
         out=job["out"] + "/",
         threads=job["threads"],
+        options=apex_quant.PlanOptions(fill="none"),
     )
     call_s = time.perf_counter() - start
     assert made.job is not None

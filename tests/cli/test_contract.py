@@ -116,10 +116,17 @@ def test_quantize_verify_and_the_rest(call: Call, model: Path, matrix: Path, tmp
 
 
 @pytest.mark.skipif(not embedded_model().exists(), reason="the embedded model is not built yet")
-def test_quickstart(call: Call, tmp_path: Path) -> None:
-    result = call("quickstart", tmp_path / "q", "--json")
-    assert [row["tier"] for row in document(result)["outputs"]] == [tier.name for tier in published_tiers()]
-    assert document(result)["imatrix"]["chunks"] == 16
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_quickstart(whole: bool, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, which takes a minute or two, and with less text and fewer tiers."""
+    tiers, tokens = published_tiers(), 8192
+    if not whole:
+        tiers, tokens = tuple(tier for tier in tiers if tier.name in ("quality", "i-compact")), 1024
+        monkeypatch.setattr("apex_quant.cli.quickstart.TOKENS", tokens)
+        monkeypatch.setattr("apex_quant.cli.quickstart.published_tiers", lambda: tiers)
+    made = document(result := call("quickstart", tmp_path / "q", "--json"))
+    assert [row["tier"] for row in made["outputs"]] == [tier.name for tier in tiers]
+    assert made["imatrix"]["chunks"] == tokens // 512
     assert "5. Verify" in result.err
     text = call("quickstart", tmp_path / "q")
     assert text.status == 0

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from apex_quant.calibration.coverage import FLOOR, uncovered
 from apex_quant.calibration.observer import ImportanceObserver
-from apex_quant.calibration.state import State, load, sums_path
+from apex_quant.calibration.state import State, load, locked, sums_path
 from apex_quant.calibration.texts import BUILTIN, read_texts
 from apex_quant.errors import NativeError, ResourceError, UsageError
 from apex_quant.gguf import GGUFModel, open_model
@@ -106,7 +107,8 @@ def calibrate(
     `cover`: draw further text, first of the kinds that reach them, for experts with fewer than `floor` tokens.
     `heads`: also collect for the output matrix, which llama-imatrix leaves out. `options.ctx` is the length of a chunk.
 
-    Raises UsageError, InputError, ResourceError or NativeError; there is never a broken file under the name `out`.
+    Raises UsageError, InputError, ResourceError (BusyError while another process calibrates into `out`) or
+    NativeError; there is never a broken file under the name `out`.
     """
     started = time.monotonic()
     options, out = options or SessionOptions(), Path(out)
@@ -115,7 +117,7 @@ def calibrate(
     problem = library_info().problem
     if problem:
         raise ResourceError(f"{problem}, so nothing can be run", hint="`apex doctor` says how to get it")
-    with Child(COLLECTOR) as child, open_model(model) as opened:
+    with Child(COLLECTOR) as child, open_model(model) as opened, ExitStack() as held:
         cover_tokens = COVER_LIMIT * tokens if cover else 0
         texts = read_texts(
             opened, [str(one) for one in corpus], mix=mix, tokens=tokens, seed=seed, cover_tokens=cover_tokens
@@ -131,6 +133,9 @@ def calibrate(
         spec = _spec(opened, asked, options)
         if (found := _finished(out, spec, opened, force)) is not None:
             return found
+        lock = held.enter_context(locked(out))
+        if (found := _finished(out, spec, opened, force)) is not None:  # by whoever held the lock until now
+            return found
         report = progress or (lambda _: None)
 
         def on_event(event: dict[str, Any]) -> None:
@@ -145,7 +150,8 @@ def calibrate(
             "sums": str(sums_path(out)),
             "save_seconds": save_seconds,
         }
-        result = child.run(f"{COLLECTOR}:run", payload, on_event, step=f"calibrating {opened.path.name}")
+        step = f"calibrating {opened.path.name}"
+        result = child.run(f"{COLLECTOR}:run", payload, on_event, step=step, pass_fds=[lock])
         state = load(sums_path(out), spec)
         if state is None or not state.finished:
             raise NativeError(f"{sums_path(out)}: the sums are gone or damaged", hint="calibrate again")

@@ -1,14 +1,18 @@
 """Sums on disk while a calibration runs: one file beside the output, replaced whole, so that a kill costs minutes.
 
 The file is a NumPy archive with one JSON entry that says what it belongs to (`spec`: model, text and options) and how
-far it is. One that belongs to something else, or is broken, counts as none.
+far it is. One that belongs to something else, or is broken, counts as none. A lock beside it lets one run at a time
+work on an output.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apex_quant.errors import BusyError
 from apex_quant.gguf.writer import AtomicFile
 
 Piece = list[Any]  # of text: [the text, whether marks such as <|im_start|> are tokens in it, its kind]
 
 _ABOUT = "about"
+# How long a new run waits for the child of a killed one to notice and end: it decodes the batch in hand first.
+_BUSY_SECONDS = 30.0
 
 
 @dataclass
@@ -40,6 +47,29 @@ class State:
 def sums_path(out: Path) -> Path:
     """Where the sums of an unfinished output are."""
     return out.with_name(out.name + ".sums")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Hold the output for one run; gives the lock's descriptor, with which a child holds it too. Death releases it.
+
+    Raises BusyError while another process calibrates into the same file.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            lock = AtomicFile(out.with_name(out.name + ".calibration"))  # never completed: it has nothing in it
+            break
+        except BusyError:
+            if time.monotonic() >= deadline:
+                raise BusyError(
+                    f"{out}: another process is calibrating into it", hint="wait for it, or choose another -o"
+                ) from None
+            time.sleep(0.1)
+    try:
+        yield lock.fileno()
+    finally:
+        lock.abandon()
 
 
 def save(path: Path, state: State) -> None:

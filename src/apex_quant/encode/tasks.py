@@ -11,10 +11,10 @@ from typing import Any
 
 from apex_quant.gguf import TYPES, GGMLType
 
-# Weights handed to a thread at once. 256 KiB of float32 stay in its cache while several types are made of them, and
-# the slowest item of nine tiers takes 0.2 s, so that no thread waits long for another at the end. The interpreter
-# spends about 60 us on an item: 1.3 Gweight/s at most, above what 64 threads encode in any type but Q8_0.
-ITEM_WEIGHTS = 1 << 16
+# Work handed to a thread at once, in estimated nanoseconds: long enough that the interpreter's 0.1 ms an item do not
+# count, short enough that no thread waits long for the last one. Never more than ITEM_WEIGHTS, 2 MiB of float32.
+ITEM_NANOSECONDS = 20e6
+ITEM_WEIGHTS = 1 << 19
 
 # Nanoseconds per weight and thread, measured on the development machine (benchmarks/encode.py --types). Used for
 # the estimate of the time left and nothing else, so only the ratios matter.
@@ -67,13 +67,18 @@ class Task:
     @property
     def work(self) -> float:
         """Estimated nanoseconds of one thread."""
-        weights = self.rows * self.row_length
-        return weights * (2.0 + sum(_COST.get(w.kind, 5.0) for w in self.writes if w.kind != self.kind))
+        return self.rows * self.row_length * self._weight_cost
+
+    @property
+    def _weight_cost(self) -> float:
+        """Estimated nanoseconds of one thread for one weight in all its encodings."""
+        return 2.0 + sum(_COST.get(w.kind, 5.0) for w in self.writes if w.kind != self.kind)
 
     @property
     def item_rows(self) -> int:
         """Rows of one item (the last may have fewer)."""
-        return min(self.rows, max(1, ITEM_WEIGHTS // self.row_length))
+        weights = min(ITEM_WEIGHTS, int(ITEM_NANOSECONDS / self._weight_cost))
+        return min(self.rows, max(1, weights // self.row_length))
 
     @property
     def n_items(self) -> int:
