@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from apex_quant import __version__, embedded_model, verify
+from apex_quant import __version__, verify
 from apex_quant.cli.app import app, parse_size
 from apex_quant.errors import NativeError, UsageError
 from apex_quant.recipe.planned import PlanOptions
@@ -115,7 +115,6 @@ def test_quantize_verify_and_the_rest(call: Call, model: Path, matrix: Path, tmp
     assert again["outputs"][0]["unchanged"] is True
 
 
-@pytest.mark.skipif(not embedded_model().exists(), reason="the embedded model is not built yet")
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_quickstart(whole: bool, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is, which takes a minute or two, and with less text and fewer tiers."""

@@ -308,6 +308,5 @@ def test_progress_reaches_the_end(bench: Bench) -> None:
     assert all(0 <= share <= 1.000001 for _, share in seen)
 
 
-@pytest.mark.skipif(not embedded_model().exists(), reason="the embedded model is not built yet")
 def test_embedded_model() -> None:
     assert failed(verify(embedded_model())) == set()
