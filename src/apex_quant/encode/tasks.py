@@ -12,8 +12,8 @@ from typing import Any
 from apex_quant.gguf import TYPES, GGMLType
 
 # Weights handed to a thread at once: 1 MiB of float32. Measured for nine tiers on 2 threads: 2^16, or items of equal
-# work (20 ms), cost about 6 % more processor time on a machine with some noise. By the costs below the last item of nine tiers keeps
-# a thread waiting for up to 0.7 s.
+# work (20 ms), cost about 6 % more processor time on a machine with some noise. By the costs below the last item of
+# nine tiers keeps a thread waiting for up to 0.7 s.
 ITEM_WEIGHTS = 1 << 18
 
 # Nanoseconds per weight and thread, measured on the development machine (benchmarks/encode.py --types). Used for
