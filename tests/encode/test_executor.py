@@ -106,7 +106,8 @@ def alone(kind: GGMLType, rows: Floats, importance: Floats | None) -> bytes:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 4 rows, which do not divide slices of 5."""
-    monkeypatch.setattr(tasks_module, "ITEM_WEIGHTS", 4 * WIDTH)
+    monkeypatch.setattr(tasks_module, "LEAST_WEIGHTS", 4 * WIDTH)
+    monkeypatch.setattr(tasks_module, "MOST_WEIGHTS", 4 * WIDTH)
 
 
 @pytest.mark.parametrize("source", ["F32", "F16", "BF16", "Q8_0"])
@@ -322,4 +323,4 @@ def test_task_crosses_over_as_json() -> None:
 
     one = Task("a", (256, 5, 3), "BF16", [Write("Q4_K", True, [(0, 64), (2, 128)]), Write("BF16", False, [(1, 0)])])
     assert Task.from_json(json.loads(json.dumps(one.to_json()))) == one
-    assert sum(rows for _, rows in one.items()) == one.rows == 15
+    assert sum(rows for _, _, rows in tasks_module.items([one], 2)) == one.rows == 15

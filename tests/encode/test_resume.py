@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -247,7 +248,7 @@ def test_damaged_end_of_a_journal(tmp_path: Path, damage: bytes) -> None:
     assert (again.spec, again.tensors, again.finished, again.seconds) == ("spec", {"a": "1"}, None, 0.5)
     again.repair()
     again.add([("b", "2", 0.25)])
-    again.finish([{"path": "m.gguf", "bytes": 3, "sha256": "x"}])
+    again.finish([{"path": "m.gguf", "bytes": 3, "mtime_ns": 1}], "x")
     journal.load()
     assert (journal.tensors, journal.seconds) == ({"a": "1", "b": "2"}, 0.75)
     assert journal.finished is not None
@@ -433,5 +434,8 @@ def test_journal_lines(bench: Bench, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in Path(f"{made.path}.journal").read_text().splitlines()]
     assert lines[0]["source"] == [str(bench.source)]
     assert {"started", "command", "threads", "spec", "tier", "output"} <= set(lines[0])
-    assert [line["tensor"] for line in lines[1:-1]].sort() == [t.name for t in made.plan.tensors].sort()
-    assert lines[-1]["files"][0]["sha256"] == made.sha256
+    assert sorted(line["tensor"] for line in lines[1:-1]) == sorted(t.name for t in made.plan.tensors)
+    with open_model(made.path) as model:
+        start = model.files[0].header_bytes
+        assert lines[-1]["data_sha256"] == model.get("apex.data.sha256")
+    assert lines[-1]["data_sha256"] == hashlib.sha256(made.path.read_bytes()[start:]).hexdigest()

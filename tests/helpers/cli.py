@@ -28,7 +28,7 @@ if in_child:
     import apex_quant.encode.executor as executor
     import apex_quant.encode.tasks as tasks
     executor.SYNC_BYTES, executor.SYNC_SECONDS = plan.get("sync", (0, 0.0))
-    tasks.ITEM_WEIGHTS = 1 << 14
+    tasks.MOST_WEIGHTS = tasks.LEAST_WEIGHTS = 1 << 14
     if "fsize" in plan:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (plan["fsize"], resource.RLIM_INFINITY))

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from apex_quant.encode.encoder import Bytes, Decoder, Encoder, Floats, GgmlEncoder, NotFiniteError
+from apex_quant.encode.hashing import DataHashes, Section
 from apex_quant.encode.sinks import Comparison, PartialFile, Sink
-from apex_quant.encode.tasks import Task
+from apex_quant.encode.tasks import Task, item_bytes, items
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError
 from apex_quant.gguf import TYPES, GGMLType, GGUFModel, open_model
 from apex_quant.importance import Importance
@@ -27,15 +28,16 @@ from apex_quant.native import ggml
 from apex_quant.native.worker import Emit, Json, Stopped
 
 # Finished tensors are synced and reported together: a sync of nine files every tensor would cost more than the
-# encoding of a small one, and losing up to this much work to a power cut is bearable.
-SYNC_BYTES = 256 << 20
-SYNC_SECONDS = 5.0
+# encoding of a small one, and losing up to this much work to a power cut is bearable. Not much more, either: what is
+# on disk already need not be waited for at the end.
+SYNC_BYTES = 64 << 20
+SYNC_SECONDS = 2.0
 _TICK = 0.2
 
 
 @dataclass
 class _Progress:
-    """One tensor on its way. Guarded by the executor's lock."""
+    """One tensor on its way, with the rows that remain. Guarded by the executor's lock."""
 
     task: Task
     importance: Floats | None
@@ -67,7 +69,9 @@ class Executor:
         encoder: Encoder,
         emit: Emit,
         stop: threading.Event,
+        hashes: DataHashes | None = None,
     ) -> None:
+        self.hashes = hashes
         self.tasks, self.importance, self.threads = tasks, importance, max(1, threads)
         self.model, self.outputs, self.emit, self.stop = model, outputs, emit, stop
         self.encoder = encoder
@@ -77,10 +81,10 @@ class Executor:
         self._lock = threading.Lock()
         self._error: ApexError | None = None
         self._halt = threading.Event()
-        item_bytes = max((t.source_type.row_bytes(t.row_length) * t.item_rows for t in tasks), default=0)
+        size = item_bytes(tasks)
         self._buffers: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         for _ in range(2 * self.threads + 2):
-            self._buffers.put(np.empty(item_bytes, np.uint8))
+            self._buffers.put(np.empty(size, np.uint8))
         self._ready: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[_Progress] = queue.SimpleQueue()
 
@@ -123,22 +127,23 @@ class Executor:
 
     def _read(self) -> None:
         """Reader thread: source bytes into free buffers, in task order, hashed on the way."""
-        for task in self.tasks:
-            state = _Progress(task, self._weights(task), task.n_items, seconds=[0.0] * len(task.writes))
-            digest = hashlib.sha256()
+        state: _Progress | None = None
+        digest = hashlib.sha256()
+        for task, first, rows in items(self.tasks, self.threads):
+            if state is None or state.task is not task:
+                state = _Progress(task, self._weights(task), task.rows, seconds=[0.0] * len(task.writes))
+                digest = hashlib.sha256()
+            buffer = self._buffers.get()
+            if self._halt.is_set():
+                return
             row_bytes = task.source_type.row_bytes(task.row_length)
-            info = self.model.tensors[task.name]
-            for number, (first, rows) in enumerate(task.items(), start=1):
-                buffer = self._buffers.get()
-                if self._halt.is_set():
-                    return
-                raw = buffer[: rows * row_bytes]
-                self.model.read_into(info, first * row_bytes, raw.data)
-                self.bytes_read += raw.nbytes
-                digest.update(raw.data)
-                if number == task.n_items:
-                    state.sha256 = digest.hexdigest()
-                self._ready.put(_Item(state, first, rows, raw, buffer))
+            raw = buffer[: rows * row_bytes]
+            self.model.read_into(self.model.tensors[task.name], first * row_bytes, raw.data)
+            self.bytes_read += raw.nbytes
+            digest.update(raw.data)
+            if first + rows == task.rows:
+                state.sha256 = digest.hexdigest()
+            self._ready.put(_Item(state, first, rows, raw, buffer))
 
     def _weights(self, task: Task) -> Floats | None:
         if self.importance is None or not any(w.importance for w in task.writes):
@@ -223,7 +228,7 @@ class Executor:
         with self._lock:
             state.seconds = [a + b for a, b in zip(state.seconds, spent, strict=True)]
             state.written += written
-            state.remaining -= 1
+            state.remaining -= item.rows
             self._work_done += state.task.work * item.rows / state.task.rows
             self.rows_encoded += item.rows * sum(w.kind != state.task.kind for w in state.task.writes)
             last = state.remaining == 0
@@ -239,6 +244,8 @@ class Executor:
                 state = self._finished.get(timeout=_TICK)
                 pending.append(state)
                 open_tasks -= 1
+                if self.hashes is not None:
+                    self.hashes.finished(state.task.name)
                 unsynced += state.written
             except queue.Empty:
                 state = None
@@ -282,6 +289,8 @@ def run(payload: Json, emit: Emit, stop: threading.Event, fds: Sequence[int]) ->
         Comparison(fd, name) if payload.get("compare") else PartialFile(fd, name)
         for fd, name in zip(fds, payload["names"], strict=True)
     ]
+    sections = [Section.from_json(section) for section in payload.get("sections", [])]
+    hashes = DataHashes(fds, sections)
     executor = Executor(
         open_model(payload["source"]),
         sinks,
@@ -291,12 +300,18 @@ def run(payload: Json, emit: Emit, stop: threading.Event, fds: Sequence[int]) ->
         GgmlEncoder(),
         emit,
         stop,
+        hashes,
     )
-    result = executor.run()
+    try:
+        result = executor.run()
+        data_sha256 = hashes.digests()
+    finally:
+        hashes.close()
     library = ggml()
     differences = [sink.differences for sink in sinks if isinstance(sink, Comparison)]
     return {
         **result,
+        "data_sha256": data_sha256,
         "ggml_version": library.version,
         "ggml_commit": library.commit,
         "differences": differences,

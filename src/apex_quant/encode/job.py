@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class JobResult:
     rows_distinct: int
     ggml_version: str
     ggml_commit: str
+    data_sha256: Mapping[Path, str] = field(default_factory=dict)
 
 
 def source_identity(model: GGUFModel, importance_sha256: str | None) -> str:
@@ -189,6 +190,7 @@ def _encode(
     total = sum(task.work for task in tasks)
     bytes_total = sum(model.tensors[task.name].nbytes for task in tasks)
     places = [number for number, output in enumerate(outputs) for _ in output.paths]
+    sections = [output.section(places.index(number)) for number, output in enumerate(outputs)]
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "progress":
@@ -214,8 +216,9 @@ def _encode(
         "names": [str(path) for output in outputs for path in output.paths],
         "tasks": [task.to_json() for task in tasks],
         "threads": threads,
+        "sections": [section.to_json() for section in sections],
     }
-    with child or Child(EXECUTOR) as process:
+    with child or Child(EXECUTOR, single_blas=True) as process:
         result = process.run(
             f"{EXECUTOR}:run",
             payload,
@@ -230,6 +233,7 @@ def _encode(
         rows_distinct=distinct,
         ggml_version=result["ggml_version"],
         ggml_commit=result["ggml_commit"],
+        data_sha256={output.target: sha for output, sha in zip(outputs, result["data_sha256"], strict=True)},
     )
 
 
@@ -245,10 +249,11 @@ def _finish(
     report: Callable[[JobProgress], None],
 ) -> None:
     pending = [output for output in outputs if output.written is None]
-    report(JobProgress("hash", 1.0, 1.0, result.bytes_read, result.source_bytes, ""))
+    report(JobProgress("finish", 1.0, 1.0, result.bytes_read, result.source_bytes, ""))
 
     def finish(output: Output) -> None:
-        output.finish(source_hash(model.tensors, output), result.ggml_commit)
+        hashed = result.data_sha256.get(output.target)
+        output.finish(source_hash(model.tensors, output), result.ggml_commit, hashed)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         list(pool.map(finish, pending))

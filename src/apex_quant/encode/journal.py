@@ -56,8 +56,8 @@ class Journal:
             self.seconds += seconds
         else:
             for file in entry["files"]:
-                _ = str(file["path"]), int(file["bytes"]), str(file["sha256"])
-            self.finished = {"finished": entry["finished"], "files": entry["files"]}
+                _ = str(file["path"]), int(file["bytes"]), int(file["mtime_ns"])
+            self.finished = {**entry, "data_sha256": str(entry["data_sha256"])}
 
     def begin(self, spec: str, about: dict[str, Any]) -> None:
         """Start over with this specification."""
@@ -79,9 +79,9 @@ class Journal:
             self.seconds += seconds
         self._append([{"tensor": n, "sha256": d, "seconds": round(s, 4)} for n, d, s in tensors])
 
-    def finish(self, files: list[dict[str, Any]]) -> None:
+    def finish(self, files: list[dict[str, Any]], data_sha256: str) -> None:
         """Record that the output is complete under its final name."""
-        self.finished = {"finished": _now(), "files": files}
+        self.finished = {"finished": _now(), "files": files, "data_sha256": data_sha256}
         self._append([self.finished])
 
     def _append(self, entries: list[dict[str, Any]], flags: int = 0) -> None:

@@ -11,9 +11,11 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apex_quant.encode.hashing import Extent, Section
 from apex_quant.encode.journal import Journal
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.gguf import AtomicFile, Layout, shard_name
@@ -31,7 +33,12 @@ class WrittenFile:
 
     path: Path
     bytes: int
-    sha256: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file, read when it is asked for: that takes 0.6 s for each GB."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {"path": str(self.path), "bytes": self.bytes, "sha256": self.sha256}
@@ -67,7 +74,7 @@ class Output:
         made = [self._made_here(number) for number in range(len(self.paths))]
         if self.journal.finished and all(made):
             entries = self.journal.finished["files"]
-            self.written = [WrittenFile(p, e["bytes"], e["sha256"]) for p, e in zip(self.paths, entries, strict=True)]
+            self.written = [WrittenFile(path, e["bytes"]) for path, e in zip(self.paths, entries, strict=True)]
             self.found_finished = True
             return
         for path, ours in zip(self.paths, made, strict=True):
@@ -118,11 +125,44 @@ class Output:
         if self.journal.finished:
             entries = self.journal.finished["files"]
             entry = entries[number] if len(entries) == len(self.paths) else {"bytes": -1}
-            return status.st_size == entry["bytes"] and (
-                status.st_mtime_ns == entry.get("mtime_ns") or _sha256(path) == entry["sha256"]
-            )
+            if status.st_size != entry["bytes"]:
+                return False
+            return status.st_mtime_ns == entry["mtime_ns"] or (self._has_header(number) and self._data_unchanged)
         # killed between a rename and the journal's last line
-        return self.complete and status.st_size == part.total_bytes and blanked(_head(path, part), part) == part.header
+        return self.complete and status.st_size == part.total_bytes and self._has_header(number)
+
+    def _has_header(self, number: int) -> bool:
+        path, part = self.paths[number], self.layouts[number]
+        return blanked(_head(path, part), part) == part.header
+
+    @cached_property
+    def _data_unchanged(self) -> bool:
+        """Whether a finished output that was touched since still has the data that the journal tells of."""
+        assert self.journal.finished is not None
+        return all(path.is_file() for path in self.paths) and self._data_hash() == self.journal.finished["data_sha256"]
+
+    def _data_hash(self) -> str:
+        digest = hashlib.sha256()
+        for path, part in zip(self.paths, self.layouts, strict=True):
+            _hash_into(digest, _present(path), part.data_start)
+        return digest.hexdigest()
+
+    def section(self, first_file: int) -> Section:
+        """The data section as the child hashes it; `first_file` is the number of this output's first descriptor."""
+        extents = []
+        for number, part in enumerate(self.layouts):
+            names = sorted((t for t in self.offsets if self.offsets[t][0] == number), key=lambda t: self.offsets[t][1])
+            starts = [self.offsets[name][1] for name in names]
+            ends = [*starts[1:], part.total_bytes]
+            extents += [
+                Extent(self._sources[name], first_file + number, start, end)
+                for name, start, end in zip(names, starts, ends, strict=True)
+            ]
+        return Section(extents, {self._sources[name] for name in self.offsets if name not in self.done})
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return {tensor.name: tensor.source for tensor in self.plan.tensors}
 
     def _begin(self, about: dict[str, Any]) -> None:
         self.journal.begin(self.spec, about | {"tier": self.plan.tier, "output": str(self.target)})
@@ -137,14 +177,15 @@ class Output:
         """Tensors that are on disk, with the sha256 of their source bytes."""
         return self.journal.tensors
 
-    def finish(self, source_hash: str, library_commit: str) -> None:
-        """Hash the data, fill the reserved fields, give the files their names, and close the journal."""
+    def finish(self, source_hash: str, library_commit: str, data_sha256: str | None) -> None:
+        """Fill the reserved fields, give the files their names, and close the journal.
+
+        `data_sha256` is the hash of the data section as the child found it, or None to read the data for it.
+        """
         if self.written is not None:
             return
-        digest = hashlib.sha256()
-        for path, part in zip(self.paths, self.layouts, strict=True):
-            _hash_into(digest, _present(path), part.data_start)
-        values = {LIBRARY_COMMIT: library_commit, SOURCE_HASH: source_hash, DATA_HASH: digest.hexdigest()}
+        data_sha256 = data_sha256 or self._data_hash()
+        values = {LIBRARY_COMMIT: library_commit, SOURCE_HASH: source_hash, DATA_HASH: data_sha256}
         # metadata stands in the first file; if an earlier run renamed it, it was filled then
         header = fill_reserved(self.layouts[0], values)
         if self.files[0].is_open:
@@ -154,14 +195,14 @@ class Output:
         for file in self.files:
             if file.is_open:
                 file.commit()
-        self.written = []
-        for path in self.paths:
-            self.written.append(WrittenFile(path, path.stat().st_size, _sha256(path)))
+        status = [path.stat() for path in self.paths]
+        self.written = [WrittenFile(path, one.st_size) for path, one in zip(self.paths, status, strict=True)]
         self.journal.finish(
             [
-                {**file.to_json(), "path": file.path.name, "mtime_ns": file.path.stat().st_mtime_ns}
-                for file in self.written
-            ]
+                {"path": path.name, "bytes": one.st_size, "mtime_ns": one.st_mtime_ns}
+                for path, one in zip(self.paths, status, strict=True)
+            ],
+            data_sha256,
         )
 
     def close(self) -> None:
@@ -192,11 +233,6 @@ def blanked(header: bytes, part: Layout) -> bytes:
 def _head(path: Path, part: Layout) -> bytes:
     with path.open("rb") as file:
         return file.read(part.data_start)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _present(path: Path) -> Path:

@@ -35,11 +35,15 @@ class QuantizedOutput:
     path: Path
     bytes: int
     bpw: float
-    sha256: str
     seconds: float
     unchanged: bool
     files: tuple[WrittenFile, ...]
     plan: Plan
+
+    @property
+    def sha256(self) -> str:
+        """Of the (first) file, computed when it is asked for."""
+        return self.files[0].sha256
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,7 +100,7 @@ def quantize(
     with ExitStack() as stack:
         # the child needs 0.3 s to start, which pass while the outputs are planned here
         usable = not dry_run and library_info().problem is None
-        child = stack.enter_context(Child(EXECUTOR)) if usable else None
+        child = stack.enter_context(Child(EXECUTOR, single_blas=True)) if usable else None
         opened = stack.enter_context(open_model(model))
         matrix_path, matrix = _importance(imatrix, stack)
         plans = [plan(opened, one, imatrix=matrix, options=options) for one in tiers]
@@ -132,7 +136,6 @@ def quantize(
                 path=output.written[0].path,
                 bytes=sum(file.bytes for file in output.written),
                 bpw=output.plan.bpw,
-                sha256=output.written[0].sha256,
                 seconds=output.journal.seconds,
                 unchanged=output.found_finished,
                 files=tuple(output.written),

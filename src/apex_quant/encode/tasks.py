@@ -5,16 +5,18 @@ Plain data, so that it can cross into the child process and be tested without on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from apex_quant.gguf import TYPES, GGMLType
 
-# Weights handed to a thread at once: 1 MiB of float32. Measured for nine tiers on 2 threads: 2^16, or items of equal
-# work (20 ms), cost about 6 % more processor time on a machine with some noise. By the costs below the last item of
-# nine tiers keeps a thread waiting for up to 0.7 s.
-ITEM_WEIGHTS = 1 << 18
+# Weights handed to a thread at once. Every item costs some Python, which one thread can run at a time: on 16 threads
+# items of 2^15, 2^16, 2^17, 2^18 weights took 1.20, 1.13, 1.11, 1.07 times as long as llama-quantize. Large ones leave
+# threads without work at the end, so items shrink with what is left.
+MOST_WEIGHTS = 1 << 20
+LEAST_WEIGHTS = 1 << 16
+_SHARES = 4  # an item is at most this fraction of a thread's share of what is left
 
 # Nanoseconds per weight and thread, measured on the development machine (benchmarks/encode.py --types). Used for
 # the estimate of the time left and nothing else, so only the ratios matter.
@@ -70,20 +72,9 @@ class Task:
         weights = self.rows * self.row_length
         return weights * (2.0 + sum(_COST.get(w.kind, 5.0) for w in self.writes if w.kind != self.kind))
 
-    @property
-    def item_rows(self) -> int:
-        """Rows of one item (the last may have fewer)."""
-        return min(self.rows, max(1, ITEM_WEIGHTS // self.row_length))
-
-    @property
-    def n_items(self) -> int:
-        return -(-self.rows // self.item_rows)
-
-    def items(self) -> Iterator[tuple[int, int]]:
-        """(first row, number of rows) of the parts handed to threads, in order."""
-        step = self.item_rows
-        for first in range(0, self.rows, step):
-            yield first, min(step, self.rows - first)
+    def item_rows(self, weights: int) -> int:
+        """Rows of an item of about so many weights: at least one, at most all."""
+        return min(self.rows, max(1, weights // self.row_length))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,6 +83,24 @@ class Task:
     def from_json(cls, data: dict[str, Any]) -> Task:
         writes = [Write(w["kind"], w["importance"], [(p[0], p[1]) for p in w["places"]]) for w in data["writes"]]
         return cls(**{**data, "shape": tuple(data["shape"]), "writes": writes})
+
+
+def items(tasks: Sequence[Task], threads: int) -> Iterator[tuple[Task, int, int]]:
+    """(task, first row, number of rows) of the parts handed to threads, in order (guided self-scheduling)."""
+    left = sum(task.work for task in tasks)
+    for task in tasks:
+        work, first = task.work / task.rows, 0
+        least, most = task.item_rows(LEAST_WEIGHTS), task.item_rows(MOST_WEIGHTS)
+        while first < task.rows:
+            fair = int(left / (_SHARES * threads * work))
+            rows = min(max(least, min(most, fair)), task.rows - first)
+            yield task, first, rows
+            first, left = first + rows, left - work * rows
+
+
+def item_bytes(tasks: Sequence[Task]) -> int:
+    """Source bytes of the largest item that there can be."""
+    return max((t.source_type.row_bytes(t.row_length) * t.item_rows(MOST_WEIGHTS) for t in tasks), default=0)
 
 
 def uses_importance(kind: GGMLType) -> bool:

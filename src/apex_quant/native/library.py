@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -67,9 +66,11 @@ class LibraryInfo:
 
 def library_info() -> LibraryInfo:
     """Version, folder and compiled-in backends of llama-cpp-python's libraries. Loads nothing."""
+    from importlib import metadata  # here: it takes 20 ms, and a child that encodes does not need it
+
     try:
-        version = importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
+        version = metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
         return LibraryInfo(None, None, ())
     try:
         spec = importlib.util.find_spec("llama_cpp")

@@ -38,13 +38,20 @@ class Stopped(Exception):
 
 
 class Child:
-    """A child process, started early: it imports `module` while the caller still plans. One job, then it ends."""
+    """A child process, started early: it imports `module` while the caller still plans. One job, then it ends.
 
-    def __init__(self, module: str) -> None:
+    `single_blas`: for a job that multiplies no matrices with NumPy.
+    """
+
+    def __init__(self, module: str, *, single_blas: bool = False) -> None:
         package_root = str(Path(__file__).resolve().parents[2])
         env = dict(os.environ, PYTHONPATH=os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")]))
         # an abort's last line is then the failed assertion and not a debugger's; looking for one takes seconds
         env.setdefault("GGML_NO_BACKTRACE", "1")
+        if single_blas:
+            # NumPy's OpenBLAS starts a thread for each processor when it is imported, and they spin: 2 s of processor
+            # time on 16 processors, at the very moment when the other threads have work
+            env["OPENBLAS_NUM_THREADS"] = "1"
         self._events, events_write = os.pipe()
         self._requests, theirs = socket.socketpair()
         with theirs:
