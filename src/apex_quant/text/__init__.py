@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apex_quant.text.corpus import builtin
+from apex_quant.text.corpus import builtin, heldout
 from apex_quant.text.documents import KINDS, Document
 from apex_quant.text.loaders import load
 from apex_quant.text.mix import DEFAULT_MIX, mixed, parse_mix
@@ -14,6 +14,7 @@ __all__ = [
     "ChatTemplate",
     "Document",
     "builtin",
+    "heldout",
     "load",
     "mixed",
     "parse_mix",

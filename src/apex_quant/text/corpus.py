@@ -1,4 +1,6 @@
-"""The built-in corpus: original text that ships in this package, and what is in it.
+"""Original text that ships in this package: the built-in corpus, which calibrates, and held-out text, which judges.
+
+The two share no run of 13 words (a test counts them). The name of a held-out file is its domain.
 
 `python -m apex_quant.text` prints the statistics.
 """
@@ -8,12 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from importlib import resources
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from apex_quant.errors import InputError
 from apex_quant.text.documents import KINDS, Document, document_of
-
-FOLDER: Final = "corpus"
 
 
 class Share(NamedTuple):
@@ -27,14 +27,23 @@ class Share(NamedTuple):
 
 def builtin() -> list[Document]:
     """All documents of the built-in corpus, by file name and line. InputError for a line that breaks the form."""
-    files = resources.files("apex_quant.text").joinpath(FOLDER).iterdir()
+    return _documents("corpus", "builtin")
+
+
+def heldout() -> list[Document]:
+    """All documents of the held-out text, by file name and line; `source` is 'heldout/DOMAIN.jsonl:LINE'."""
+    return _documents("heldout", "heldout")
+
+
+def _documents(folder: str, label: str) -> list[Document]:
+    files = resources.files("apex_quant.text").joinpath(folder).iterdir()
     named = {file.name: file for file in files if file.name.endswith(".jsonl")}
     found: list[Document] = []
     for name in sorted(named):
         for number, line in enumerate(named[name].read_text(encoding="utf-8").split("\n"), 1):
             if not line:
                 continue
-            where = f"builtin/{name}:{number}"
+            where = f"{label}/{name}:{number}"
             try:
                 row = json.loads(line)
             except ValueError as error:

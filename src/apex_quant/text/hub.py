@@ -11,7 +11,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
 
-from apex_quant.errors import ApexError, InputError, ResourceError, UsageError, did_you_mean
+from apex_quant.errors import InputError, UsageError, did_you_mean
+from apex_quant.hub_access import explained, library
 from apex_quant.text.loaders import READERS, Loading, load_file
 
 SUFFIXES: Final = (".jsonl", ".parquet", ".txt")
@@ -48,31 +49,12 @@ def parse(spec: str) -> Wanted:
 def load_hub(spec: str, loading: Loading) -> None:
     """Add the documents of a data set; its files in order until there is enough."""
     wanted = parse(spec)
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise ResourceError(
-            f"hub:{spec}: loading from the hub needs huggingface_hub", hint="pip install 'apex-quant[hub]'"
-        ) from None
-    api = huggingface_hub.HfApi()
-    try:
+    with explained(f"hub:{spec}"):
+        api = library(f"hub:{spec}").HfApi()
         commit, files = _choose(api, wanted, spec)
         for file in _enough(files, loading, spec):
             local = api.hf_hub_download(wanted.name, file.path, repo_type="dataset", revision=commit)
             load_file(Path(local), loading, name=f"hub:{wanted.name}@{commit[:8]}/{file.path}")
-    except ApexError:
-        raise
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        # a gated or private one looks like a missing one, or says so
-        raise InputError(
-            f"hub:{spec}: {_first_line(error)}", hint="check the name; for a private or gated one: hf auth login"
-        ) from None
-    except Exception as error:  # every network layer below has errors of its own
-        raise ResourceError(
-            f"hub:{spec}: cannot be loaded: {type(error).__name__}: {_first_line(error)}",
-            hint="is there a network? without one, download the files elsewhere and name them or their folder",
-        ) from None
 
 
 def _choose(api: Any, wanted: Wanted, spec: str) -> tuple[str, list[DataFile]]:
@@ -171,7 +153,3 @@ def _enough(files: list[DataFile], loading: Loading, spec: str) -> list[DataFile
     if len(taken) < len(files):
         loading.say(f"hub:{spec}: the first {len(taken)} of {len(files)} files are taken, the rest is left out")
     return taken
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
