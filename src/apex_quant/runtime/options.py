@@ -6,11 +6,15 @@ SessionOptions(threads=4, gpu_layers=99, cpu_experts=True, ctx=512, sequences=4)
 from __future__ import annotations
 
 import re
+from typing import Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # llama.cpp's own pattern for routed experts (LLM_FFN_EXPS_REGEX of common/common.h)
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+CACHE_TYPES: Final[tuple[str, ...]] = get_args(CacheType)  # those llama.cpp's tools offer
 
 
 class SessionOptions(BaseModel):
@@ -28,6 +32,12 @@ class SessionOptions(BaseModel):
     ctx: int = Field(default=512, ge=16, le=1 << 24)  # tokens of one sequence
     sequences: int = Field(default=4, ge=1, le=256)  # decoded side by side
     ubatch: int = Field(default=512, ge=16)  # tokens computed together
+    decode_tokens: int | None = Field(default=None, ge=1)  # most tokens of one decode; None: ctx * sequences
+    unified: bool = False  # one memory for all sequences, so that a token may belong to several
+    embeddings: bool = False  # also keep what the output matrix is multiplied with
+    type_k: CacheType = "f16"  # of the attention's memory
+    type_v: CacheType = "f16"
+    flash_attention: Literal["auto", "on", "off"] = "auto"
 
     @field_validator("tensor_buffers")
     @classmethod
@@ -43,9 +53,14 @@ class SessionOptions(BaseModel):
         return given
 
     @property
-    def batch(self) -> int:
-        """Tokens of all sequences together."""
+    def capacity(self) -> int:
+        """Tokens that all sequences have room for together."""
         return self.ctx * self.sequences
+
+    @property
+    def batch(self) -> int:
+        """Most tokens of one decode."""
+        return min(self.capacity, self.decode_tokens or self.capacity)
 
     def buffer_overrides(self) -> list[tuple[str, str]]:
         """(pattern, buffer name) in the order in which they count."""
