@@ -1,0 +1,104 @@
+"""Other programs that run beside this one: their output line by line, and their certain end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from apex_quant.errors import ResourceError
+from apex_quant.evaluation import guard
+
+Log = Callable[[str, str], None]
+"""Called with a program's name and a line of its output, from another thread."""
+
+_LINES: Final = 20
+_EXTRA = 5.0  # seconds beyond the guard's own patience
+
+
+class Program:
+    """A running program, `command`, called `name` in messages. It ends with the block, or with this process."""
+
+    def __init__(self, name: str, command: Sequence[str], *, env: Mapping[str, str], log: Log | None = None) -> None:
+        """Raises ResourceError when not even the guard can be started."""
+        self.name, self._log = name, log
+        self._lines: deque[str] = deque(maxlen=_LINES)
+        try:
+            self._guard = subprocess.Popen(
+                [sys.executable, guard.__file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,  # also makes the \r of progress bars an end of line
+                encoding="utf-8",
+                errors="replace",
+                env=dict(env),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ResourceError(f"{name} cannot be started: {error.strerror}") from None
+        assert self._guard.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(self._guard.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, output: IO[str]) -> None:
+        for raw in output:
+            line = raw.rstrip()
+            if line:
+                self._lines.append(line)
+                if self._log is not None:
+                    self._log(self.name, line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, None while it runs."""
+        return self._guard.poll()
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended and its output is read."""
+        status = self._guard.wait()
+        self._reader.join(timeout=_EXTRA)
+        return status
+
+    def stop(self) -> None:
+        """End it, if it still runs."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        try:
+            self._guard.wait(timeout=guard.PATIENCE + _EXTRA)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()
+            self._guard.wait()
+        self._reader.join(timeout=_EXTRA)
+
+    def last(self) -> str:
+        """Its last line, for messages."""
+        return self._lines[-1] if self._lines else "nothing"
+
+    def tail(self) -> str:
+        """Its last lines."""
+        return "\n".join(self._lines)
+
+
+def clean_environment(*, drop: Sequence[str] = (), prefixes: Sequence[str] = (), **more: str) -> dict[str, str]:
+    """This process's environment without some variables and with others."""
+    kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith(tuple(prefixes))}
+    return {**kept, **more}
+
+
+def executable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
