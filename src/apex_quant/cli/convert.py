@@ -1,0 +1,214 @@
+"""`apex convert` and `apex convert-mlx`: their options, their progress and what they show."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from apex_quant.cli import one_line, safe
+from apex_quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from apex_quant.convert import Conversion, ConvertProgress
+    from apex_quant.mlx import MlxConversion
+
+_LINE_SECONDS = 10.0
+
+Source = Annotated[
+    str, typer.Argument(metavar="HF_DIR|HF_ID", help="a checkpoint directory, or a hub id such as Qwen/Qwen3.5-35B-A3B")
+]
+Python = Annotated[Path | None, typer.Option("--python", metavar="PATH", help="the Python that runs the converter")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="branch, tag or commit of the hub repository")
+]
+Force = Annotated[bool, typer.Option("--force", help="replace an existing file once the new one is complete")]
+Log = Annotated[bool, typer.Option("--log", help="show the converter's whole log on standard error")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+
+
+class ConvertBar:
+    """A context manager; call it with each ConvertProgress. A bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, what: str, *, quiet: bool = False) -> None:
+        self.what, self.quiet = what, quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> ConvertBar:
+        if sys.stderr.isatty() and not self.quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[detail]}[/]"),
+                console=Console(stderr=True, emoji=False),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(safe(self.what), total=1.0, detail="starting")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: ConvertProgress) -> None:
+        now = time.monotonic()
+        if self._bar is not None and self._task is not None:
+            what = safe(f"{self.what} ({event.phase})")
+            self._bar.update(self._task, description=what, completed=event.share, detail=safe(event.detail))
+        elif not self.quiet and now - self._last_line >= _LINE_SECONDS:
+            self._last_line = now
+            line = one_line(f"{self.what}: {event.phase} {event.share:.0%} {event.detail}")
+            print(line, file=sys.stderr, flush=True)
+
+
+def _say(line: str) -> None:
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
+def convert(
+    source: Annotated[
+        str | None, typer.Argument(metavar="HF_DIR|HF_ID", help="a checkpoint directory, or a hub id")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="the GGUF to write (default: NAME-BF16.gguf here)")
+    ] = None,
+    outtype: Annotated[
+        str, typer.Option("--outtype", metavar="TYPE", help="bf16, f16, f32, or auto: the weights' own 16-bit type")
+    ] = "auto",
+    mmproj: Annotated[bool, typer.Option("--mmproj", help="the vision or audio projector instead")] = False,
+    no_nextn: Annotated[bool, typer.Option("--no-nextn", help="leave NextN/MTP blocks out")] = False,
+    revision: Revision = None,
+    name: Annotated[str | None, typer.Option("--name", help="the model's name in the metadata")] = None,
+    pre: Annotated[
+        str | None,
+        typer.Option("--pre", metavar="RULE", help="splitting rule of a vocabulary that is not recognized: qwen35"),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that the checkpoint brings")
+    ] = False,
+    python: Python = None,
+    setup: Annotated[
+        bool, typer.Option("--setup", help="first make the environment that the converter needs, in the user's cache")
+    ] = False,
+    describe: Annotated[bool, typer.Option("--describe", help="only say what the checkpoint holds")] = False,
+    log: Log = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face checkpoint to GGUF, by llama.cpp's own converter."""
+    from apex_quant.cli.app import _console, _print_json
+    from apex_quant.convert import convert as run
+    from apex_quant.convert import describe as look
+    from apex_quant.converter_python import set_up
+
+    if source is None and (not setup or describe):
+        raise UsageError("name a checkpoint directory or a hub id", hint="apex convert HF_DIR -o model-BF16.gguf")
+    if describe and source is not None:
+        found = look(source)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            _show_checkpoint(_console(False), found.to_json())
+        return
+    if setup:
+        made = set_up(say=_say)
+        python = python or made.path
+        if source is None:
+            if as_json:
+                _print_json({"python": str(made.path), "versions": made.versions})
+            return
+    assert source is not None
+    with ConvertBar(f"converting {Path(source).name}", quiet=log) as bar:
+        done = run(
+            source,
+            out,
+            outtype=outtype,
+            mmproj=mmproj,
+            nextn=not no_nextn,
+            revision=revision,
+            name=name,
+            pre=pre,
+            trust_remote_code=trust_remote_code,
+            python=python,
+            force=force,
+            progress=bar,
+            say=_say if log else None,
+        )
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        _show_conversion(_console(False), done)
+
+
+def _show_conversion(console: Console, done: Conversion) -> None:
+    from apex_quant.cli.show import human, show_warnings
+
+    what = f"{done.architecture}, {done.tensors} tensors, {done.outtype}"
+    console.print(f"{safe(str(done.path))}: {human(done.bytes)}, {safe(what)}, in {done.seconds:.1f} s")
+    console.print(f"[dim]converter of {safe(done.converter)}[/]")
+    show_warnings(console, done.warnings)
+
+
+def _show_checkpoint(console: Console, facts: dict[str, object]) -> None:
+    from apex_quant.cli.show import show_warnings
+
+    for key, value in facts.items():
+        if key not in ("warnings", "shards", "missing"):
+            console.print(f"{key}: {safe(str(value))}")
+    for key in ("missing", "warnings"):
+        listed = facts[key]
+        assert isinstance(listed, list)
+        show_warnings(console, [f"{key}: {text}" if key == "missing" else text for text in listed])
+
+
+def convert_mlx(
+    source: Source,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the folder to write")],
+    tier: Annotated[str, typer.Option("--tier", metavar="TIER", help="whose bits each layer gets")] = "quality",
+    revision: Revision = None,
+    predicate_only: Annotated[
+        bool, typer.Option("--predicate-only", help="write the predicate, do not convert")
+    ] = False,
+    python: Annotated[Path | None, typer.Option("--python", metavar="PATH", help="the Python with mlx-lm")] = None,
+    log: Log = False,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face checkpoint to MLX, with a tier's bits in each layer."""
+    from apex_quant.cli.app import _console, _print_json
+    from apex_quant.mlx import convert_mlx as run
+
+    done = run(
+        source,
+        out,
+        tier=tier,
+        revision=revision,
+        predicate_only=predicate_only,
+        python=python,
+        say=_say if log else None,
+    )
+    if as_json:
+        _print_json(done.to_json())
+    else:
+        _show_mlx(_console(False), done)
+
+
+def _show_mlx(console: Console, done: MlxConversion) -> None:
+    from apex_quant.cli.show import human, show_warnings
+
+    console.print(f"{safe(str(done.predicate))}: bits of each layer as {safe(done.tier)} has them")
+    if done.bytes:
+        console.print(f"{safe(str(done.path))}: {human(done.bytes)}, in {done.seconds:.1f} s")
+    show_warnings(console, done.warnings)
