@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from apex_quant.encode.diff import diff as diff
     from apex_quant.encode.quantize import quantize as quantize
     from apex_quant.encode.verify import verify as verify
+    from apex_quant.evaluation.compare import compare as compare
+    from apex_quant.evaluation.evaluate import evaluate as evaluate
+    from apex_quant.evaluation.make_reference import make_reference as make_reference
     from apex_quant.gguf import merge as merge
     from apex_quant.gguf import open_model as open_model
     from apex_quant.gguf import split as split
@@ -39,6 +42,9 @@ _WHERE = {
     "merge": "gguf",
     "split": "gguf",
     "verify": "encode.verify",
+    "evaluate": "evaluation.evaluate",
+    "make_reference": "evaluation.make_reference",
+    "compare": "evaluation.compare",
     "diff": "encode.diff",
 }
 

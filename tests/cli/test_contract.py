@@ -24,6 +24,7 @@ from tests.helpers.cli import PACKAGE_ROOT, Ran, apex
 
 COMMANDS = [
     "quickstart", "doctor", "tiers", "inspect", "plan", "calibrate", "quantize", "verify", "diff", "split", "merge",
+    "eval", "reference", "compare", "results",
 ]  # fmt: skip
 
 PLAN_KEYS = {"model", "tier", "total_bytes", "bpw", "tensors", "warnings"}

@@ -15,7 +15,11 @@ from rich.console import Console
 
 from apex_quant.cli import one_line, safe
 from apex_quant.cli.calibrate import calibrate
+from apex_quant.cli.convert import convert, convert_mlx
+from apex_quant.cli.evaluate import evaluate, reference
 from apex_quant.cli.imatrix import imatrix_app
+from apex_quant.cli.publish import publish
+from apex_quant.cli.results import compare, results
 from apex_quant.errors import InputError, UsageError
 
 app = typer.Typer(
@@ -27,7 +31,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="--debug with any command shows tracebacks and the library's log.",
 )
+app.command()(convert)
+app.command("convert-mlx")(convert_mlx)
 app.command()(calibrate)
+app.command("eval")(evaluate)
+app.command()(reference)
+app.command()(compare)
+app.command()(results)
+app.command()(publish)
 app.add_typer(imatrix_app, name="imatrix")
 
 _PIPE_WIDTH = 1000  # lines are for tools then, and none is broken
@@ -169,7 +180,7 @@ def quickstart(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="where the files go")] = Path("quickstart"),
     as_json: Json = False,
 ) -> None:
-    """See it work: inspect, plan, calibrate, quantize and verify the model that ships in the package."""
+    """See it work: inspect, plan, calibrate, quantize, verify and evaluate the model in the package."""
     from apex_quant.cli.quickstart import quickstart as run
 
     document = run(folder, _console(as_json))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,29 @@ from rich.console import Console
 from apex_quant.calibration.calibrate import calibrate
 from apex_quant.cli import safe
 from apex_quant.cli.calibrate import CalibrationBar
+from apex_quant.cli.evaluate import EvaluationBar, interval
 from apex_quant.cli.progress import JobBar
 from apex_quant.cli.show import heat_map, human, table
 from apex_quant.data import embedded_model
 from apex_quant.encode.quantize import quantize
 from apex_quant.encode.verify import verify
 from apex_quant.errors import InputError
+from apex_quant.evaluation.compare import compare
+from apex_quant.evaluation.evaluate import evaluate
+from apex_quant.evaluation.make_reference import make_reference
+from apex_quant.evaluation.schema import Results
 from apex_quant.gguf import open_model
 from apex_quant.model.inspect import inspect
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.tiers import published_tiers
+from apex_quant.text import heldout
 
 TOKENS = 8192  # half a minute on a slow core; real calibrations take 50k and more
+CTX, CHUNKS = 512, 8  # of each domain's text: 40 chunks in all, enough for an interval
 
 
 def quickstart(folder: str | Path, console: Console) -> dict[str, Any]:
-    """Inspect, plan, calibrate, quantize and verify the embedded model into `folder`, telling each step on `console`.
+    """Inspect, plan, calibrate, quantize, verify and evaluate the embedded model, telling each step on `console`.
 
     Returns what was made, as quantize's JSON. Run again, it finds its own files and makes nothing twice.
     """
@@ -71,18 +79,57 @@ def quickstart(folder: str | Path, console: Console) -> dict[str, Any]:
             failed = ", ".join(check.name for check in result.checks if check.ok is False)
             raise InputError(f"{output.path}: failed: {failed}", hint=f"apex verify {output.path} --source {source}")
         console.print(f"   [green]ok[/] {safe(output.path.name)}")
-    rows = table(None, "tier", ">bytes", ">bpw", ">time", "path")
+    measured = _measured(source, [output.path for output in made.outputs], folder, console)
+    rows = table(None, "tier", ">bytes", ">bpw", ">time", ">mean KLD", ">perplexity", "file")
     for output in made.outputs:
+        metrics = measured[output.path].metrics
         rows.add_row(
-            output.tier, str(output.bytes), f"{output.bpw:.2f}", f"{output.seconds:.1f} s", safe(str(output.path))
+            output.tier,
+            str(output.bytes),
+            f"{output.bpw:.2f}",
+            f"{output.seconds:.1f} s",
+            interval(metrics["kld"]["mean"]),
+            f"{metrics['ppl']['value']:.3f} ± {metrics['ppl']['error']:.3f}",
+            safe(output.path.name),
         )
     console.print(rows)
+    console.print("   [dim]KLD: what each token's prediction loses against BF16, with its 95 % interval[/]")
+    by_tier = {output.tier: measured[output.path] for output in made.outputs}
+    for a, b in (("i-compact", "compact"), ("i-quality", "quality")):
+        for pair in compare([by_tier[a], by_tier[b]], ["kld"]):
+            console.print(f"   {safe(pair.sentence)}", highlight=False)
     console.print("[bold]Next[/], with a model of your own:")
     for command in (
         "apex inspect MODEL-BF16.gguf",
         "apex plan MODEL-BF16.gguf --fit 16GiB",
         "apex calibrate MODEL-BF16.gguf -o imatrix.gguf",
         "apex quantize MODEL-BF16.gguf --imatrix imatrix.gguf --tier i-quality,i-balanced,i-compact",
+        "apex eval MODEL-APEX-I-Compact.gguf --reference MODEL-BF16.gguf",
     ):
         console.print(f"   {command}", highlight=False)
-    return {"imatrix": matrix.to_json(), "outputs": [output.to_json() for output in made.outputs]}
+    outputs = [{**output.to_json(), "metrics": measured[output.path].metrics} for output in made.outputs]
+    return {"imatrix": matrix.to_json(), "outputs": outputs}
+
+
+def _measured(source: Path, files: Sequence[Path], folder: Path, console: Console) -> dict[Path, Results]:
+    """What every file loses on held-out text. The full model reads the text once, into a reference file."""
+    reference = folder / "reference.apexref"
+    pieces = CHUNKS * len({document.source.partition(":")[0] for document in heldout()})
+    console.print(f"[bold]6. Evaluate[/] on {pieces} pieces of held-out text, {CTX} tokens each, against BF16")
+    if not reference.exists():
+        with EvaluationBar("reference") as counting:
+            make_reference(source, reference, ctx=CTX, chunks=CHUNKS, progress=counting)
+    found = {}
+    for path in files:
+        with EvaluationBar(f"evaluating {path.name}") as counting:
+            found[path] = evaluate(
+                path,
+                reference=reference,
+                source=source,
+                only=("ppl", "kld"),
+                ctx=CTX,
+                chunks=CHUNKS,
+                out=path.with_suffix(".json"),
+                progress=counting,
+            )
+    return found

@@ -1,0 +1,328 @@
+"""`apex eval` and `apex reference`: their options, their progress and what they show."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from apex_quant.cli import one_line, safe
+from apex_quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from apex_quant.evaluation.make_reference import MadeReference
+    from apex_quant.evaluation.schema import Results
+    from apex_quant.evaluation.token_job import EvaluationProgress
+    from apex_quant.runtime.options import SessionOptions
+
+_LINE_SECONDS = 10.0
+_CONTEXT_SHOWN = 80  # characters before the token with the largest divergence
+_SMALL = 0.05  # a mean KLD below this is shown with the backend's floor, when that was measured
+
+Text = Annotated[
+    list[Path] | None, typer.Option("--text", metavar="FILE", help="instead of the built-in held-out text; repeat")
+]
+Ctx = Annotated[int, typer.Option("--ctx", min=16, help="tokens of a chunk")]
+Chunks = Annotated[int | None, typer.Option("--chunks", min=1, help="at most so many chunks of each text")]
+EveryToken = Annotated[
+    bool, typer.Option("--every-token", help="score all tokens after an eighth of the context, not the second half")
+]
+Threads = Annotated[int | None, typer.Option("-j", "--threads", min=1, help="threads (default: all processors)")]
+GpuLayers = Annotated[int, typer.Option("--gpu-layers", min=-1, help="layers on the GPU; -1 for all")]
+CpuExperts = Annotated[
+    bool, typer.Option("--cpu-experts", help="routed experts stay in main memory, whatever --gpu-layers says")
+]
+TensorSplit = Annotated[str | None, typer.Option("--tensor-split", metavar="N,N,...", help="shares of several GPUs")]
+Buffers = Annotated[
+    list[str] | None, typer.Option("--override-tensor", metavar="REGEX=BUFFER", help="where matching tensors live")
+]
+NoMmap = Annotated[bool, typer.Option("--no-mmap", help="read the model into memory")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+
+
+class EvaluationBar:
+    """A context manager; call it with each EvaluationProgress. A bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, name: str, *, quiet: bool = False) -> None:
+        self.name, self.quiet = name, quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._what = ""
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> EvaluationBar:
+        if sys.stderr.isatty() and not self.quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[told]}"),
+                console=Console(stderr=True, emoji=False),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(safe(self.name), total=1.0, told="loading")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: EvaluationProgress) -> None:
+        now = time.monotonic()
+        if event.what != self._what:
+            self._what, self._start = event.what, now
+        share = event.done / max(event.planned, 1)
+        rate = (event.done - event.resumed) / max(now - self._start, 0.1)
+        told = f"{event.what}: {event.done} of {event.planned} {'chunks' if event.tokens else 'tasks'}"
+        if rate:
+            speed = f"{rate * event.tokens:.0f} tokens/s" if event.tokens else f"{rate:.1f} tasks/s"
+            told += f", {speed}, ETA {(event.planned - event.done) / rate:.0f} s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=share, told=told)
+        elif not self.quiet and now - self._last_line >= _LINE_SECONDS:
+            self._last_line = now
+            print(one_line(f"{self.name}: {told}"), file=sys.stderr, flush=True)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a GGUF file, or any shard of one")],
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="REF", help="the full-precision GGUF, a .apexref or a _logits_ file"),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", metavar="GGUF", help="what the .apexref was made from, if elsewhere")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="METRIC,...", help="ppl, kld, router, hellaswag, winogrande, mmlu, arc, "
+                     "truthfulqa (default: what can be measured on text)"),
+    ] = None,
+    text: Text = None,
+    ctx: Ctx = 2048,
+    chunks: Chunks = None,
+    every_token: EveryToken = False,
+    floor: Annotated[
+        bool, typer.Option("--floor", help="also measure what rounding alone costs: a uniform Q8_0 of the reference")
+    ] = False,
+    tasks: Annotated[int, typer.Option("--tasks", min=0, help="of each benchmark; 0 for all")] = 400,
+    task_file: Annotated[
+        list[str] | None,
+        typer.Option("--task-file", metavar="NAME=FILE", help="hellaswag=FILE, mmlu=hub:USER/DATA/FILE; repeat"),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the choice of tasks; 1 is llama-perplexity's")] = 1,
+    out: Annotated[Path, typer.Option("-o", "--out", help="results, added to those there")] = Path("results.json"),
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    cpu_experts: CpuExperts = False,
+    tensor_split: TensorSplit = None,
+    tensor_buffers: Buffers = None,
+    no_mmap: NoMmap = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Perplexity, divergence from a reference, accuracy, each with its error. Interrupted, the command goes on."""
+    from apex_quant.cli.app import _console, _print_json
+    from apex_quant.evaluation.evaluate import evaluate as run
+
+    options = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap)
+    with EvaluationBar(f"evaluating {model.name}") as bar:
+        made = run(
+            model,
+            reference=reference,
+            source=source,
+            only=[name.strip() for word in only for name in word.split(",")] if only else None,
+            text=text,
+            ctx=ctx,
+            chunks=chunks,
+            scored="all" if every_token else "half",
+            floor=floor,
+            tasks=tasks,
+            task_files=dict(map(_task_file, task_file or ())),
+            seed=seed,
+            out=out,
+            options=options,
+            progress=bar,
+        )
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        show_results(_console(False), made)
+
+
+def reference(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="the full-precision GGUF file, or any shard of one")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="REF.apexref", help="the file to write")],
+    text: Text = None,
+    ctx: Ctx = 2048,
+    chunks: Chunks = None,
+    every_token: EveryToken = False,
+    form: Annotated[
+        Literal["auto", "logprobs", "stock"],
+        typer.Option("--form", help="auto: hidden states where they do; logprobs: 16-bit logits; stock: _logits_"),
+    ] = "auto",
+    copy_output: Annotated[
+        bool, typer.Option("--copy-output", help="put the output matrix in, so that MODEL is not needed beside it")
+    ] = False,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    cpu_experts: CpuExperts = False,
+    tensor_split: TensorSplit = None,
+    tensor_buffers: Buffers = None,
+    no_mmap: NoMmap = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="replace an existing file once the new one is complete")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep what a full-precision model predicts, for apex eval --reference. Interrupted, the same command goes on."""
+    from apex_quant.cli.app import _console, _print_json
+    from apex_quant.evaluation.make_reference import make_reference as run
+
+    options = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap)
+    with EvaluationBar(f"reading with {model.name}") as bar:
+        made = run(
+            model,
+            out,
+            text=text,
+            ctx=ctx,
+            chunks=chunks,
+            scored="all" if every_token else "half",
+            form=form,
+            copy_output=copy_output,
+            options=options,
+            force=force,
+            progress=bar,
+        )
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        show_reference(_console(False), made)
+
+
+def session_options(
+    threads: int | None,
+    gpu_layers: int,
+    cpu_experts: bool,
+    tensor_split: str | None,
+    tensor_buffers: list[str] | None,
+    no_mmap: bool,
+) -> SessionOptions:
+    """SessionOptions from the command line. Raises UsageError."""
+    from pydantic import ValidationError
+
+    from apex_quant.runtime.options import SessionOptions
+
+    try:
+        return SessionOptions(
+            threads=threads,
+            gpu_layers=gpu_layers,
+            cpu_experts=cpu_experts,
+            tensor_split=tuple(float(word) for word in tensor_split.split(",")) if tensor_split else (),
+            tensor_buffers=tuple(tensor_buffers or ()),
+            mmap=not no_mmap,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError:
+        raise UsageError(f"--tensor-split {tensor_split!r} is not a list of numbers such as 3,1") from None
+
+
+def _task_file(word: str) -> tuple[str, str]:
+    name, equals, file = word.partition("=")
+    if not equals or not file:
+        raise UsageError(f"--task-file {word!r} is not of the form NAME=FILE, such as hellaswag=hellaswag.txt")
+    return name, file
+
+
+# --- shown ---
+
+
+def interval(value: dict[str, Any] | None, digits: int = 4) -> str:
+    """0.0123 [0.0119, 0.0127], or the value alone, or why there is none."""
+    if value is None or value.get("value") is None:
+        return str((value or {}).get("note") or "none")
+    low, high = value.get("low"), value.get("high")
+    ends = f" [{low:.{digits}g}, {high:.{digits}g}]" if low is not None and high is not None else ""
+    return f"{value['value']:.{digits}g}{ends}"
+
+
+def show_results(console: Console, made: Results) -> None:
+    """All metrics, then what is behind the divergence."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, shown in _rows(made):
+        table.add_row(name, safe(shown))
+    console.print(safe(made.name) + (f", {made.model.bpw:.2f} bpw" if made.model.bpw else ""))
+    console.print(table)
+    kld = made.metrics.get("kld")
+    if kld:
+        domains = Table("text", "mean KLD", "median", "99 %", "top-1", "perplexity", "of the reference", box=None)
+        for name, row in kld["by_domain"].items():
+            cells = [f"{row[key]:.4g}" for key in ("median", "p99")]
+            shares = [f"{row['top1_agreement']['value']:.1%}", f"{row['ppl']:.4f}", f"{row['ppl_reference']:.4f}"]
+            domains.add_row(safe(name), interval(row["mean"]), *cells, *shares)
+        console.print(domains)
+        largest = kld["max"]
+        context = one_line(largest["context"][-_CONTEXT_SHOWN:])
+        console.print(
+            f"largest: {largest['value']:.3f} in chunk {largest['chunk']} at {largest['position']}: "
+            f"{safe(context)}[bold]{safe(largest['token'])}[/]"
+        )
+    router = made.metrics.get("router")
+    if router:
+        worst = ", ".join(f"layer {row['layer']} {row['changed']:.1%}" for row in router["worst"])
+        console.print(f"routers differ most in {worst}")
+    for warning in made.warnings:
+        console.print(f"[yellow]note:[/] {safe(warning)}")
+    if made.path is not None:
+        console.print(f"[dim]{safe(str(made.path))}[/]")
+
+
+def _rows(made: Results) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name in ("ppl", "ppl_all"):
+        if value := made.metrics.get(name):
+            words = "perplexity" if name == "ppl" else "perplexity, every token"
+            error = f" ± {value['error']:.4f}" if value.get("error") is not None else ""
+            rows.append((words, f"{value['value']:.4f}{error} on {value['n']} tokens"))
+    if kld := made.metrics.get("kld"):
+        mean = f"{interval(kld['mean'])} on {kld['mean']['n']} tokens"
+        floor = kld.get("floor")
+        if floor and kld["mean"]["value"] < _SMALL:
+            mean += f" (a uniform {floor['type']}: {interval(floor['mean'])})"
+        rows.append(("mean KLD", mean))
+        rows += [(label, f"{kld[key]:.4g}") for label, key in (("median", "median"), ("99 %", "p99"))]
+        rows += [("99.9 %", interval(kld["p99_9"])), ("same top token", interval(kld["top1_agreement"]))]
+        rows.append(("delta-p RMS", f"{kld['delta_p_rms']:.4g}"))
+    if router := made.metrics.get("router"):
+        changed = interval(router["changed_interval"])
+        rows.append(("other experts", f"{changed} of tokens and layers, {router['mass_moved']:.4g} of the weight"))
+    for name, value in made.metrics.items():
+        if "wording" in value:
+            rows.append((name, f"{interval(value)} of {value['n']} tasks"))
+    return rows
+
+
+def show_reference(console: Console, made: MadeReference) -> None:
+    """What was written and how exact it is."""
+    smaller = made.stock_bytes / made.bytes
+    console.print(
+        f"{safe(str(made.path))}: {made.tokens} scored tokens in {made.chunks} chunks, {made.bytes / 1e6:.1f} MB, "
+        f"{made.form}" + (f", {smaller:.1f} times smaller than a _logits_ file" if made.form != "stock" else "")
+    )
+    if made.error is not None:
+        console.print(f"rebuilt predictions: mean KLD {made.error['mean']:.2g}, largest {made.error['max']:.2g}")
+    if made.resumed:
+        console.print(f"went on from {made.resumed} chunks of an earlier run")
+    for warning in made.warnings:
+        console.print(f"[yellow]note:[/] {safe(warning)}")
