@@ -25,16 +25,6 @@ Call = Callable[..., Ran]
 PAIR_KEYS = {"a", "b", "metric", "difference", "low", "high", "n", "verdict"}
 
 
-@pytest.fixture(autouse=True)
-def _commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the application has them."""
-    names = {one.name or getattr(one.callback, "__name__", None) for one in app.registered_commands}
-    if "compare" not in names:
-        monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
-        app.command()(command.compare)
-        app.command()(command.results)
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     made = [write(tmp_path, name, scale=scale, seed=i) for i, (name, scale) in enumerate([("a", 0.8), ("b", 1.0)])]

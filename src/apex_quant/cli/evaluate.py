@@ -17,8 +17,10 @@ from apex_quant.cli import one_line, safe
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
+    from apex_quant.evaluation.harness import HarnessPlan
     from apex_quant.evaluation.make_reference import MadeReference
     from apex_quant.evaluation.schema import Results
+    from apex_quant.evaluation.speed import SpeedPlan
     from apex_quant.evaluation.token_job import EvaluationProgress
     from apex_quant.runtime.options import SessionOptions
 
@@ -83,15 +85,19 @@ class EvaluationBar:
             self._what, self._start = event.what, now
         share = event.done / max(event.planned, 1)
         rate = (event.done - event.resumed) / max(now - self._start, 0.1)
-        told = f"{event.what}: {event.done} of {event.planned} {'chunks' if event.tokens else 'tasks'}"
+        told = f"{event.what}: {event.done} of {event.planned} {_unit(event)}"
         if rate:
-            speed = f"{rate * event.tokens:.0f} tokens/s" if event.tokens else f"{rate:.1f} tasks/s"
+            speed = f"{rate * event.tokens:.0f} tokens/s" if event.tokens else f"{rate:.1f} {_unit(event)}/s"
             told += f", {speed}, ETA {(event.planned - event.done) / rate:.0f} s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=share, told=told)
         elif not self.quiet and now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
             print(one_line(f"{self.name}: {told}"), file=sys.stderr, flush=True)
+
+
+def _unit(event: EvaluationProgress) -> str:
+    return "chunks" if event.tokens else "runs" if event.what == "speed" else "tasks"
 
 
 def evaluate(
@@ -106,7 +112,7 @@ def evaluate(
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="METRIC,...", help="ppl, kld, router, hellaswag, winogrande, mmlu, arc, "
-                     "truthfulqa (default: what can be measured on text)"),
+                     "truthfulqa, speed (default: what can be measured on text)"),
     ] = None,
     text: Text = None,
     ctx: Ctx = 2048,
@@ -121,6 +127,25 @@ def evaluate(
         typer.Option("--task-file", metavar="NAME=FILE", help="hellaswag=FILE, mmlu=hub:USER/DATA/FILE; repeat"),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the choice of tasks; 1 is llama-perplexity's")] = 1,
+    prompts: Annotated[
+        str | None, typer.Option("-p", "--prompts", metavar="N,...", help="time prompts of N tokens (speed; 512)")
+    ] = None,
+    generate: Annotated[
+        str | None, typer.Option("-n", "--generate", metavar="N,...", help="time generating N tokens (speed; 128)")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option("-d", "--depths", metavar="N,...", help="after N tokens of context (speed; 0)")
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="of each timing")] = 5,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option("--harness", metavar="TASK,...", help="also ask gsm8k, mmlu_pro, ifeval, humaneval, mbpp "
+                     "through lm-evaluation-harness (extra 'harness')"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="questions of each --harness task")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="humaneval and mbpp may run what the model writes, with your rights")
+    ] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="results, added to those there")] = Path("results.json"),
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
@@ -149,6 +174,8 @@ def evaluate(
             tasks=tasks,
             task_files=dict(map(_task_file, task_file or ())),
             seed=seed,
+            speed=_speed_plan(prompts, generate, depths, repetitions),
+            harness=_harness_plan(harness, limit, allow_code),
             out=out,
             options=options,
             progress=bar,
@@ -238,6 +265,35 @@ def session_options(
         raise UsageError(f"--tensor-split {tensor_split!r} is not a list of numbers such as 3,1") from None
 
 
+def _speed_plan(prompts: str | None, generate: str | None, depths: str | None, repetitions: int) -> SpeedPlan | None:
+    """None where no list was given: speed is measured then only if --only names it, with the defaults."""
+    from apex_quant.evaluation.speed import SpeedPlan
+
+    lists = {"prompts": prompts, "generate": generate, "depths": depths}
+    given = {name: _numbers(text, f"--{name}") for name, text in lists.items() if text is not None}
+    return SpeedPlan(**given, repetitions=repetitions) if given or repetitions != SpeedPlan.repetitions else None
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    """'512,2048' to (512, 2048), '' and '0' to (): nothing of the kind, as llama-bench's -p 0. Raises UsageError."""
+    try:
+        numbers = tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a list of whole numbers such as 512,2048") from None
+    return numbers if option == "--depths" else tuple(number for number in numbers if number)
+
+
+def _harness_plan(names: list[str] | None, limit: int | None, allow_code: bool) -> HarnessPlan | None:
+    from apex_quant.evaluation.harness import HarnessPlan
+
+    if not names:
+        if limit is not None or allow_code:
+            raise UsageError("--limit and --allow-code say how --harness tasks are asked, and none is named")
+        return None
+    tasks = tuple(name.strip() for word in names for name in word.split(","))
+    return HarnessPlan(tasks, limit=limit, allow_code=allow_code)
+
+
 def _task_file(word: str) -> tuple[str, str]:
     name, equals, file = word.partition("=")
     if not equals or not file:
@@ -308,8 +364,22 @@ def _rows(made: Results) -> list[tuple[str, str]]:
         changed = interval(router["changed_interval"])
         rows.append(("other experts", f"{changed} of tokens and layers, {router['mass_moved']:.4g} of the weight"))
     for name, value in made.metrics.items():
-        if "wording" in value:
+        if "wording" in value or "harness" in value:
             rows.append((name, f"{interval(value)} of {value['n']} tasks"))
+    rows += _speed_rows(made.metrics.get("speed", {}))
+    return rows
+
+
+def _speed_rows(speed: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        (name, f"{rate['value']:.1f} ± {rate['deviation'] or 0:.1f} tokens/s")
+        for name, rate in speed.items()
+        if isinstance(rate, dict) and "samples" in rate and rate["value"] is not None
+    ]
+    if rows:
+        share = (speed.get("bandwidth") or {}).get("share")
+        touched = f"{speed['active_bytes_per_token'] / 1e6:.1f} MB of weights a token"
+        rows.append(("generation reads", touched + (f", {share:.0%} of the bandwidth" if share is not None else "")))
     return rows
 
 

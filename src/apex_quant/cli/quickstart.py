@@ -95,9 +95,10 @@ def quickstart(folder: str | Path, console: Console) -> dict[str, Any]:
     console.print(rows)
     console.print("   [dim]KLD: what each token's prediction loses against BF16, with its 95 % interval[/]")
     by_tier = {output.tier: measured[output.path] for output in made.outputs}
-    for a, b in (("i-compact", "compact"), ("i-quality", "quality")):
-        for pair in compare([by_tier[a], by_tier[b]], ["kld"]):
-            console.print(f"   {safe(pair.sentence)}", highlight=False)
+    for name in sorted(by_tier):  # what the importance matrix gains
+        if f"i-{name}" in by_tier:
+            for pair in compare([by_tier[f"i-{name}"], by_tier[name]], ["kld"]):
+                console.print(f"   {safe(pair.sentence)}", highlight=False)
     console.print("[bold]Next[/], with a model of your own:")
     for command in (
         "apex inspect MODEL-BF16.gguf",

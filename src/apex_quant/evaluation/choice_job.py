@@ -7,7 +7,6 @@ needs more: with the same room it makes the same batches. More tasks together ar
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,6 @@ from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
 from apex_quant.runtime.session import Session, bindings
 
-# The library's threads meet after each of many small steps here. On two quiet cores the short spin that bindings() sets
-# was 1.6 times slower than this one, and the default as fast; with one core busy the default was ten times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 with contextlib.suppress(ImportError):  # early, while the parent still reads the tasks; Session says what is missing
     bindings()
 

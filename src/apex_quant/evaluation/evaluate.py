@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from apex_quant.errors import InputError, ResourceError, UsageError, did_you_mea
 from apex_quant.evaluation import environment, results, state
 from apex_quant.evaluation.choices import TASKS as TASKS_OF_EACH
 from apex_quant.evaluation.choices import evaluate_choices
+from apex_quant.evaluation.harness import TASKS as HARNESS_TASKS
+from apex_quant.evaluation.harness import HarnessPlan, run_harness
 from apex_quant.evaluation.identity import identity
 from apex_quant.evaluation.schema import TASKS, ModelInfo, Results, different_references
 from apex_quant.evaluation.selection import SEED
+from apex_quant.evaluation.speed import SpeedPlan, measure_speed, plan_tests
 from apex_quant.evaluation.steps import Scored
 from apex_quant.evaluation.taskfiles import read_tasks
 from apex_quant.evaluation.taskhub import task_file
@@ -31,7 +35,7 @@ from apex_quant.native import Child, library_info
 from apex_quant.runtime.options import SessionOptions
 
 ON_TEXT = ("ppl", "kld", "router")
-METRICS = (*ON_TEXT, *TASKS)
+METRICS = (*ON_TEXT, *TASKS, "speed")
 SAVE_SECONDS = 30.0
 
 
@@ -49,6 +53,8 @@ def evaluate(
     tasks: int = TASKS_OF_EACH,
     task_files: Mapping[str, str | Path] | None = None,
     seed: int = SEED,
+    speed: SpeedPlan | None = None,
+    harness: HarnessPlan | None = None,
     out: str | Path | None = None,
     options: SessionOptions | None = None,
     progress: Report | None = None,
@@ -58,20 +64,24 @@ def evaluate(
 
     `reference`: a GGUF, run side by side; a .apexref or a stock _logits_ file, whose text and context are taken then.
     `source`: the GGUF whose output matrix a .apexref needs, when it does not lie beside it. `only`: some of METRICS;
-    without it perplexity, with a reference divergence and routers, and the tasks that `task_files` has.
+    without it perplexity, with a reference divergence and routers, the tasks that `task_files` has, and speed if
+    `speed` says how.
 
     `text`: files, instead of the built-in held-out text. `chunks`: at most so many of each text. `scored`: "half" is
     llama.cpp's convention, "all" every token after an eighth of the context. `floor`: also measure the divergence
     that a uniform Q8_0 file of the reference has.
 
     `tasks`: of each benchmark (0: all). `task_files`: kind -> path or hub:USER/DATA/FILE. `seed` 1 draws
-    llama-perplexity's tasks. `options`: how models are loaded; what is decoded together is decided here.
+    llama-perplexity's tasks. `speed`: what is timed, by default pp512 and tg128. `harness`: tasks in which the model
+    writes answers (harness.py). `options`: how models are loaded; what is decoded together is decided here.
 
     Raises UsageError, InputError, ResourceError (BusyError while another process evaluates into `out`) or NativeError;
     metrics that were finished before are kept.
     """
     files = {kind: str(file) for kind, file in (task_files or {}).items()}
-    wanted = _wanted(only, reference is not None, files)
+    wanted = _wanted(only, reference is not None, files, speed is not None, harness)
+    timing = speed or SpeedPlan()
+    plan_tests(timing.prompts, timing.generate, timing.depths)  # refuses before hours are spent
     problem = library_info().problem
     if problem:
         raise ResourceError(f"{problem}, so nothing can be run", hint="`apex doctor` says how to get it")
@@ -91,21 +101,39 @@ def evaluate(
         for kind in wanted:
             if kind in TASKS:
                 one.on_tasks(kind, files.get(kind), tasks, seed)
+        if "speed" in wanted:
+            one.on_speed(timing)
+        if harness is not None:
+            one.on_harness(harness)
         made = results.load(target)
         if out is None:
             made.per_token, made._path = None, None
         return made
 
 
-def _wanted(only: Collection[str] | None, has_reference: bool, files: Mapping[str, str]) -> list[str]:
+def _wanted(
+    only: Collection[str] | None,
+    has_reference: bool,
+    files: Mapping[str, str],
+    has_speed: bool,
+    harness: HarnessPlan | None,
+) -> list[str]:
     """The metrics to measure, in order. Raises UsageError."""
     for name in (*(only or ()), *files):
         if name not in METRICS or (name in files and name not in TASKS):
             raise UsageError(
                 f"no metric is called {name!r}.{did_you_mean(name, list(METRICS))}", hint=f"known: {', '.join(METRICS)}"
             )
+    for name in harness.tasks if harness is not None else ():
+        if name not in HARNESS_TASKS:
+            raise UsageError(
+                f"the harness has no task {name!r} here.{did_you_mean(name, list(HARNESS_TASKS))}",
+                hint=f"known: {', '.join(HARNESS_TASKS)}",
+            )
     chosen = {*(ON_TEXT if has_reference else ("ppl",)), *files} if only is None else set(only)
-    if not chosen:
+    if has_speed:
+        chosen.add("speed")
+    if not chosen and harness is None:
         raise UsageError("nothing to measure")
     if not has_reference and (needs := [name for name in ("kld", "router") if name in chosen]):
         raise UsageError(f"{needs[0]} needs a reference", hint="--reference MODEL-BF16.gguf, or a .apexref file")
@@ -175,9 +203,7 @@ class _Evaluation:
             seed=seed,
             options=self.options,
             out=path,
-            progress=lambda event: self.report(
-                EvaluationProgress(event["what"], event["done"], event["planned"], event["resumed"], 0)
-            ),
+            progress=self._tell,
             save_seconds=self.save_seconds,
             pass_fds=[self.lock],
         )
@@ -194,6 +220,44 @@ class _Evaluation:
         known = self.known.metrics[kind].get("file_sha256")
         return bool(read_tasks(task_file(kind, file), kind).sha256 == known)
 
+    def on_speed(self, timing: SpeedPlan) -> None:
+        """Time the model, unless the same was timed on this machine with this library while nothing else ran."""
+        options = self.options.model_dump(mode="json")
+        settings = {**asdict(timing), "options": options}
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        about = environment.collect()
+        if self.known is not None and self.known.settings.get("speed") == settings:
+            there, then = self.known.metrics.get("speed"), self.known.environment
+            if there and not there["busy"] and all(then.get(key) == about[key] for key in ("library", "cpu")):
+                return
+        value = measure_speed(
+            self.model.path, **asdict(timing), options=self.options, progress=self._tell, pass_fds=[self.lock]
+        )
+        self._add([("speed", value, None)], [value["busy_note"]] if value["busy"] else [], {"speed": settings}, None)
+
+    def on_harness(self, plan: HarnessPlan) -> None:
+        """Ask what is not answered yet, with the same settings; each task is kept as soon as it is finished."""
+        asked = {"limit": plan.limit, "chat": plan.chat, "parallel": plan.parallel}
+        settings = {**asked, "options": self.options.model_dump(mode="json", exclude={"threads"})}
+        there = self.known.metrics if self.known is not None else {}
+        before = self.known.settings if self.known is not None else {}
+        left = [name for name in plan.tasks if name not in there or before.get(name) != settings]
+        if left:
+            run_harness(
+                self.model.path,
+                left,
+                limit=plan.limit,
+                chat=plan.chat,
+                parallel=plan.parallel,
+                allow_code=plan.allow_code,
+                options=self.options,
+                on_result=lambda name, value: self._add([(name, value, None)], (), {name: settings}, None),
+                progress=self._tell,
+            )
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self.report(EvaluationProgress(event["what"], event["done"], event["planned"], event["resumed"], 0))
+
     def _add(
         self,
         found: Sequence[tuple[str, dict[str, Any], dict[str, Any] | None]],
@@ -206,4 +270,4 @@ class _Evaluation:
             self.known = results.update(self.out, name, value, base=base, arrays=arrays, warnings=warnings)
 
 
-__all__ = ["CTX", "METRICS", "EvaluationProgress", "Report", "evaluate"]
+__all__ = ["CTX", "METRICS", "EvaluationProgress", "HarnessPlan", "Report", "SpeedPlan", "evaluate"]

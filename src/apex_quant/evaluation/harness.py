@@ -62,6 +62,17 @@ TASKS: Final[dict[str, HarnessTask]] = {
 }
 
 
+@dataclass(frozen=True)
+class HarnessPlan:
+    """Which tasks an evaluation asks through the harness; the fields are run_harness's parameters."""
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    allow_code: bool = False
+    chat: bool | None = None
+    parallel: int = 1
+
+
 def run_harness(
     model: str | Path,
     tasks: Sequence[str],

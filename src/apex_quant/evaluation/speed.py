@@ -54,6 +54,16 @@ class Test:
         return self.depth + self.n
 
 
+@dataclass(frozen=True)
+class SpeedPlan:
+    """What is timed: lists of numbers of tokens, as llama-bench's -p, -n and -d, each `repetitions` times."""
+
+    prompts: tuple[int, ...] = PROMPTS
+    generate: tuple[int, ...] = GENERATE
+    depths: tuple[int, ...] = DEPTHS
+    repetitions: int = REPETITIONS
+
+
 def plan_tests(prompts: Sequence[int], generate: Sequence[int], depths: Sequence[int] = DEPTHS) -> list[Test]:
     """All combinations, prompts first, each once. Raises UsageError for numbers that mean nothing."""
     if not prompts and not generate:
