@@ -20,8 +20,7 @@ from apex_quant.errors import InputError, ResourceError, UsageError, did_you_mea
 from apex_quant.evaluation import environment, results, state
 from apex_quant.evaluation.choices import TASKS as TASKS_OF_EACH
 from apex_quant.evaluation.choices import evaluate_choices
-from apex_quant.evaluation.harness import TASKS as HARNESS_TASKS
-from apex_quant.evaluation.harness import HarnessPlan, run_harness
+from apex_quant.evaluation.harness import HarnessPlan, chosen_tasks, run_harness
 from apex_quant.evaluation.identity import identity
 from apex_quant.evaluation.schema import TASKS, ModelInfo, Results, different_references
 from apex_quant.evaluation.selection import SEED
@@ -124,12 +123,8 @@ def _wanted(
             raise UsageError(
                 f"no metric is called {name!r}.{did_you_mean(name, list(METRICS))}", hint=f"known: {', '.join(METRICS)}"
             )
-    for name in harness.tasks if harness is not None else ():
-        if name not in HARNESS_TASKS:
-            raise UsageError(
-                f"the harness has no task {name!r} here.{did_you_mean(name, list(HARNESS_TASKS))}",
-                hint=f"known: {', '.join(HARNESS_TASKS)}",
-            )
+    if harness is not None:
+        chosen_tasks(harness.tasks, harness.allow_code)
     chosen = {*(ON_TEXT if has_reference else ("ppl",)), *files} if only is None else set(only)
     if has_speed:
         chosen.add("speed")

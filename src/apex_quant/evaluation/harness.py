@@ -104,7 +104,7 @@ def run_harness(
     Raises UsageError, InputError for a file that is no model, or ResourceError. Both programs have ended then, after
     Ctrl-C too, and soon after this process was killed.
     """
-    chosen = _chosen(tasks, allow_code)
+    chosen = chosen_tasks(tasks, allow_code)
     if parallel < 1 or (limit is not None and limit < 1):
         raise UsageError("at least one question at a time, and a limit of at least one")
     harness, found = find_lm_eval(lm_eval), find_server(server)
@@ -134,8 +134,8 @@ def run_harness(
     return metrics
 
 
-def _chosen(tasks: Sequence[str], allow_code: bool) -> dict[str, HarnessTask]:
-    """The tasks asked for, each once. Raises UsageError."""
+def chosen_tasks(tasks: Sequence[str], allow_code: bool) -> dict[str, HarnessTask]:
+    """The tasks asked for, each once. Raises UsageError, also for one that runs code which nobody allowed."""
     if not tasks:
         raise UsageError("no task is named", hint=f"known: {', '.join(TASKS)}")
     for name in tasks:
