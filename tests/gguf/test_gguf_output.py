@@ -186,6 +186,15 @@ def test_split_and_merge_give_the_file_back(source: Path, tmp_path: Path, monkey
     assert (tmp_path / "back.gguf").read_bytes() == source.read_bytes()
 
 
+def test_split_into_a_folder(source: Path, tmp_path: Path) -> None:
+    """Shards are named as the model, also where that was a shard itself."""
+    for name, given in (("a", source), ("b", tmp_path / "a" / f"{source.stem}-00001-of-00004.gguf")):
+        (tmp_path / name).mkdir()
+        shards = split(given, tmp_path / name, 8000)
+        assert [path.name for path in shards] == [f"{source.stem}-{i + 1:05d}-of-00004.gguf" for i in range(4)]
+        assert {path.parent for path in shards} == {tmp_path / name}
+
+
 def test_nothing_is_overwritten_unasked(source: Path, tmp_path: Path) -> None:
     old = tmp_path / "out-00004-of-00004.gguf"
     old.write_bytes(b"old")

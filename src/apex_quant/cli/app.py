@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,12 +14,22 @@ from rich.console import Console
 
 from apex_quant.cli import one_line, safe
 from apex_quant.cli.calibrate import calibrate
+from apex_quant.cli.chat import chat
 from apex_quant.cli.convert import convert, convert_mlx
 from apex_quant.cli.evaluate import evaluate, reference
+from apex_quant.cli.export import export
+from apex_quant.cli.fit import fit
 from apex_quant.cli.imatrix import imatrix_app
+from apex_quant.cli.kv import kv
+from apex_quant.cli.optimize import frontier, optimize
+from apex_quant.cli.measure import measure
 from apex_quant.cli.publish import publish
+from apex_quant.cli.report import card, report, which
 from apex_quant.cli.results import compare, results
+from apex_quant.cli.serve import serve
+from apex_quant.cli.pipeline import run, status
 from apex_quant.errors import InputError, UsageError
+from apex_quant.sizes import parse_size as parse_size
 
 app = typer.Typer(
     name="apex",
@@ -34,26 +43,27 @@ app = typer.Typer(
 app.command()(convert)
 app.command("convert-mlx")(convert_mlx)
 app.command()(calibrate)
+app.command()(measure)
 app.command("eval")(evaluate)
 app.command()(reference)
 app.command()(compare)
 app.command()(results)
+app.command()(report)
+app.command()(card)
+app.command()(which)
+app.command("fit")(fit)
+app.command()(kv)
+app.command("serve")(serve)
+app.command("export")(export)
+app.command("chat")(chat)
+app.command()(optimize)
+app.command()(frontier)
 app.command()(publish)
+app.command()(run)
+app.command()(status)
 app.add_typer(imatrix_app, name="imatrix")
 
 _PIPE_WIDTH = 1000  # lines are for tools then, and none is broken
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
-
-
-def parse_size(text: str) -> int:
-    """'16GiB', '48G', '500M', '1234' to bytes; i means powers of 1024, else of 1000. Raises UsageError."""
-    found = _SIZE.fullmatch(text.strip())
-    size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ") if found else 0
-    if not 0 < size < 1 << 62:
-        raise UsageError(f"{text!r} is not a size; write 16GiB, 48G or 500M")
-    return int(size)
-
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="a GGUF file, or any shard of one")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
@@ -445,7 +455,7 @@ def diff(
 @app.command()
 def split(
     model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="PREFIX of PREFIX-00001-of-0000N.gguf")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PREFIX of PREFIX-00001-of-0000N.gguf, or a folder")],
     max_size: Annotated[str, typer.Option("--split-max-size", metavar="SIZE", help="48G")],
     force: Force = False,
     as_json: Json = False,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apex_quant.errors import UsageError
-from apex_quant.gguf.reader import GGUFModel, open_model, shard_name
+from apex_quant.gguf.reader import SHARD_NAME, GGUFModel, open_model, shard_name
 from apex_quant.gguf.writer import AtomicFile, Layout, layout, require_space, shard_layouts
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -22,15 +22,18 @@ def split(
     *,
     force: bool = False,
 ) -> list[Path]:
-    """Copies a model into shards `out`-0000i-of-0000N.gguf of at most `max_bytes` tensor bytes each.
+    """Copies a model into shards `out`-0000i-of-0000N.gguf of at most `max_bytes` tensor bytes each; where `out` is a
+    folder, into it, named as the model.
 
     Cuts where llama-gguf-split --split-max-size does; a tensor larger than that has a shard of its own.
     Returns the paths. UsageError when one exists and `force` is not set; ResourceError for a full disk.
     """
     if max_bytes < 1:
         raise UsageError(f"a shard size of {max_bytes} bytes: must be at least 1")
-    prefix = os.fspath(out).removesuffix(".gguf")
     with open_model(source) as model:
+        named = SHARD_NAME.fullmatch(model.path.name)  # a shard's name goes on as the whole model's
+        own = named["prefix"] if named else model.path.name
+        prefix = os.fspath(Path(out) / own if Path(out).is_dir() else out).removesuffix(".gguf")
         layouts = shard_layouts(model.metadata, list(model.tensors.values()), max_bytes)
         targets = [Path(shard_name(prefix, i, len(layouts))) for i in range(len(layouts))]
         _copy(model, layouts, targets, progress, force)
