@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from apex_quant import embedded_model
 from apex_quant.errors import InputError
+from apex_quant.evaluation import texts
 from apex_quant.evaluation.texts import domain_of, read_texts
 from apex_quant.gguf import open_model
 from apex_quant.text import Document
@@ -45,3 +47,44 @@ def test_files_that_are_no_text(data: bytes | None, message: str, tmp_path: Path
 )
 def test_domains(source: str, domain: str) -> None:
     assert domain_of(Document("chat", text="x", source=source)) == domain
+
+
+def _archive(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_texts_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By name, by address, out of an archive; a path of the same name comes first."""
+    asked = []
+
+    def have(name: str, most: int) -> Path:
+        asked.append(name)
+        return tmp_path / name.rpartition("/")[2]
+
+    monkeypatch.setattr(texts, "hub_file", have)
+    (tmp_path / "a.txt").write_bytes(b"plain\n")
+    _archive(tmp_path / "wikitext-2-raw-v1.zip", **{"wikitext-2-raw/wiki.test.raw": b" = Title = \n\n"})
+    with open_model(embedded_model()) as model:
+        read = read_texts(model, ["hub:me/data/a.txt", "wikitext-2-raw"]).texts
+        assert [text["pieces"] for text in read] == [[["plain", False]], [[" = Title = \n", False]]]
+        assert asked == ["hub:me/data/a.txt", "hub:ggml-org/ci/wikitext-2-raw-v1.zip"]
+        monkeypatch.chdir(tmp_path)
+        Path("wikitext-2-raw").write_text("mine")
+        assert read_texts(model, ["wikitext-2-raw"]).texts[0]["pieces"] == [["mine", False]]
+
+        for name, data, message in (
+            ("bomb.zip", b"0" * 5000, "more than"),
+            ("empty.zip", None, "has no inside.txt"),
+            ("none.zip", b"", "not a zip file"),
+        ):
+            path = tmp_path / name
+            if data == b"":
+                path.write_bytes(b"PK and no more")
+            else:
+                _archive(path, **({} if data is None else {"inside.txt": data}))
+            monkeypatch.setattr(texts, "MAX_BYTES", 1000)
+            with pytest.raises(InputError, match=message):
+                read_texts(model, [f"hub:me/data/{name}#inside.txt"])

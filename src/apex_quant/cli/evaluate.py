@@ -29,7 +29,12 @@ _CONTEXT_SHOWN = 80  # characters before the token with the largest divergence
 _SMALL = 0.05  # a mean KLD below this is shown with the backend's floor, when that was measured
 
 Text = Annotated[
-    list[Path] | None, typer.Option("--text", metavar="FILE", help="instead of the built-in held-out text; repeat")
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="instead of the built-in held-out text; a path, wikitext-2-raw or hub:USER/DATA/FILE; repeat",
+    ),
 ]
 Ctx = Annotated[int, typer.Option("--ctx", min=16, help="tokens of a chunk")]
 Chunks = Annotated[int | None, typer.Option("--chunks", min=1, help="at most so many chunks of each text")]

@@ -36,19 +36,23 @@ def task_file(kind: str, file: str | Path | None) -> Path:
         if kind not in FILES:
             raise UsageError(f"no tasks called {kind!r}.{did_you_mean(kind, list(KINDS))} Known: {', '.join(KINDS)}")
         file = FILES[kind]
-    if not str(file).startswith("hub:"):
-        return Path(file)
-    found = _NAME.fullmatch(str(file))
+    return hub_file(str(file), MAX_BYTES) if str(file).startswith("hub:") else Path(file)
+
+
+def hub_file(name: str, most: int) -> Path:
+    """hub:USER/DATA/FILE of a dataset, downloaded if it is not there yet; files of more than `most` bytes are not.
+
+    Raises UsageError for a name of another form, InputError when there is no such file, ResourceError when it cannot be
+    had (no huggingface_hub, no network).
+    """
+    found = _NAME.fullmatch(name)
     if found is None or ".." in found[2].split("/"):
-        raise UsageError(f"{file} is not hub:USER/DATA/FILE")
-    return _downloaded(str(file), found[1], found[2])
-
-
-def _downloaded(name: str, repository: str, path: str) -> Path:
+        raise UsageError(f"{name} is not hub:USER/DATA/FILE")
+    repository, path = found.groups()
     with explained(name):
         api = library(name).HfApi()
         known = api.get_paths_info(repository, [path], repo_type="dataset")
         size = next((getattr(one, "size", 0) or 0 for one in known), 0)
-        if size > MAX_BYTES:
-            raise InputError(f"{name}: {size} bytes, at most {MAX_BYTES} are read")
+        if size > most:
+            raise InputError(f"{name}: {size} bytes, at most {most} are read")
         return Path(api.hf_hub_download(repository, path, repo_type="dataset"))
