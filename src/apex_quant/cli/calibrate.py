@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -15,21 +14,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from apex_quant.cli import one_line, safe
 from apex_quant.errors import UsageError
+from apex_quant.sizes import parse_count as parse_count
 
 if TYPE_CHECKING:
     from apex_quant.calibration.calibrate import Calibration, CalibrationProgress
 
 _LINE_SECONDS = 10.0
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.IGNORECASE | re.ASCII)
-
-
-def parse_count(text: str) -> int:
-    """'50k', '1.5M', '8192' to a number. Raises UsageError."""
-    found = _COUNT.fullmatch(text.strip())
-    number = float(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()] if found else 0
-    if not 1 <= number < 1 << 40:
-        raise UsageError(f"{text!r} is not a number of tokens; write 50k or 8192")
-    return int(number)
 
 
 class CalibrationBar:

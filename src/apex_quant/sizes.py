@@ -1,0 +1,29 @@
+"""Sizes and counts as people write them: '16GiB', '48G', '500M' bytes; '50k', '1.5M' tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from apex_quant.errors import UsageError
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
+_COUNT: Final = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """'16GiB', '48G', '500M', '1234' to bytes; i means powers of 1024, else of 1000. Raises UsageError."""
+    found = _SIZE.fullmatch(text.strip())
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ") if found else 0
+    if not 0 < size < 1 << 62:
+        raise UsageError(f"{text!r} is not a size; write 16GiB, 48G or 500M")
+    return int(size)
+
+
+def parse_count(text: str) -> int:
+    """'50k', '1.5M', '8192' to a number. Raises UsageError."""
+    found = _COUNT.fullmatch(text.strip())
+    number = float(found[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[found[2].lower()] if found else 0
+    if not 1 <= number < 1 << 40:
+        raise UsageError(f"{text!r} is not a number of tokens; write 50k or 8192")
+    return int(number)
