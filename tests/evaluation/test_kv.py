@@ -1,0 +1,399 @@
+"""`kv` end to end on the embedded model: what is measured, that it is the same again, and what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from apex_quant import SessionOptions, embedded_model
+from apex_quant.errors import ApexError, InputError, UsageError
+from apex_quant.evaluation import pertoken
+from apex_quant.evaluation.kv import KVResult, kv, load_kv
+from apex_quant.evaluation.kv_observe import CacheTap, rounding, stock_round_trip
+from apex_quant.evaluation.kv_summary import Measured, assemble
+from apex_quant.evaluation.make_reference import make_reference
+from apex_quant.evaluation.token_job import EvaluationProgress
+from apex_quant.gguf import open_model
+from apex_quant.model.kv_cache import kv_cache
+from tests.calibration.stock import TEXT
+from tests.evaluation.stock_tokens import llama_perplexity, small_file
+from tests.helpers.cli import apex
+
+ONE = SessionOptions(threads=1)
+CTX, CHUNKS = 32, 33
+TYPES = ("q8_0", "q4_0")
+
+
+def run(out: Path | None, **more: Any) -> KVResult:
+    given: dict[str, Any] = {"types": TYPES, "pairs": ["q8_0/q4_0"], "ctx": (CTX, 4096), "chunks": CHUNKS}
+    given |= {"text": [TEXT], "speed": False, "options": ONE, "reference": embedded_model(), "simulate": "turbo3"}
+    return kv(more.pop("model"), out=out, **{**given, **more})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kv")
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> Path:
+    return small_file(folder)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, small: Path) -> KVResult:
+    """Interrupted in the middle, then to its end."""
+    out = folder / "kv.json"
+    seen: list[EvaluationProgress] = []
+
+    def interrupt(event: EvaluationProgress) -> None:
+        if event.what == "KV cache" and event.done > 3 * CHUNKS:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, model=small, progress=interrupt)
+    assert not out.exists()
+    made = run(out, model=small, progress=seen.append)
+    assert seen[-1].done == seen[-1].planned
+    assert seen[-1].resumed >= 3 * CHUNKS
+    return made
+
+
+# --- what is measured ---
+
+
+def test_pairs_are_ranked_with_intervals(found: KVResult) -> None:
+    assert [(row["k"], row["v"]) for row in found.pairs] == [
+        ("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "q4_0"),
+    ]  # fmt: skip
+    base = found.row("f16", "f16")["kld_mean"]
+    assert abs(base["value"]) < 1e-6
+    for row in found.pairs[1:]:
+        mean = row["kld_mean"]
+        assert 0 < mean["low"] < mean["value"] < mean["high"]
+        assert mean["n"] == CHUNKS * (CTX - 1 - CTX // 2)
+        assert row["kld_p99_9"]["value"] is None
+        assert "too few" in row["kld_p99_9"]["note"]
+        assert row["rotated"] == {"k": True, "v": True}
+    assert found.row("q4_0", "q4_0")["kld_mean"]["value"] > found.row("q8_0", "q8_0")["kld_mean"]["value"]
+    ranking = found.document["ranking"]
+    assert (ranking[0]["k"], ranking[1]["k"]) == ("f16", "q8_0")
+    assert [entry["rank"] for entry in ranking] == [1, 2, 3, 4]
+    assert all(entry["to_next"]["value"] <= 0 for entry in ranking[:-1])
+    assert ranking[0]["differs"] is True
+
+
+def test_against_full_precision(found: KVResult) -> None:
+    """The weights' own divergence is that of f16, to which a cache adds."""
+    base = found.row("f16", "f16")["full"]
+    assert base["kld_mean"]["value"] > 0.01
+    assert base["added"]["value"] == 0
+    four = found.row("q4_0", "q4_0")["full"]
+    assert four["added"]["value"] == pytest.approx(four["kld_mean"]["value"] - base["kld_mean"]["value"], abs=1e-9)
+
+
+def test_memory_is_that_of_the_planner_and_of_the_log(found: KVResult, small: Path) -> None:
+    with open_model(small) as opened:
+        for row in found.pairs:
+            for ctx in (CTX, 4096):
+                cache = kv_cache(opened, ctx=ctx, type_k=row["k"], type_v=row["v"])
+                assert row["mib_at"][str(ctx)] == pytest.approx(cache.bytes / 2**20, abs=1e-4)
+            assert row["bytes_per_token"] == 3 * 2 * 128 * row["bits"] / 8
+    assert not [note for note in found.document["notes"] if "the library's cache" in note]
+    assert any("trained on 2048" in note for note in found.document["notes"])
+    assert found.simulated[0]["bytes_per_token"] == 3 * 2 * 50
+
+
+def test_the_document(found: KVResult, folder: Path) -> None:
+    document = json.loads((folder / "kv.json").read_text())
+    assert document == found.to_json()
+    assert all({"k", "v", "kld_mean", "bytes_per_token", "mib_at"} <= set(row) for row in document["pairs"])
+    assert document["settings"]["ctx"] == [CTX]
+    assert document["failed"] == document["unrotated"] == []
+    arrays = pertoken.read(folder / "kv.npz", document["per_token"]["sha256"])
+    kld = arrays[f"{CTX}/q4_0-q4_0/kld"]
+    assert kld.shape == (CHUNKS, CTX - 1 - CTX // 2)
+    assert kld.mean() == pytest.approx(found.row("q4_0", "q4_0")["kld_mean"]["value"], rel=1e-5)
+    assert load_kv(folder / "kv.json").pairs == document["pairs"]
+    assert {path.name for path in folder.iterdir()} >= {"kv.json", "kv.npz"}
+    assert not list(folder.glob("kv.json.*"))
+
+
+def test_the_same_call_has_nothing_to_do(found: KVResult, folder: Path, small: Path) -> None:
+    seen: list[EvaluationProgress] = []
+    again = run(folder / "kv.json", model=small, progress=seen.append)
+    assert again.document == found.document
+    assert not seen
+
+
+def test_the_same_run_gives_the_same_numbers(found: KVResult, small: Path, folder: Path) -> None:
+    """In another process, with fewer pairs, and without having been interrupted."""
+    again = run(None, model=small, types=["q4_0"], pairs=(), reference=None, simulate=None)
+    ours, theirs = again.row("q4_0", "q4_0"), found.row("q4_0", "q4_0")
+    for key in ("kld_mean", "kld_median", "kld_p99", "kld_max", "top1_agreement"):
+        assert ours["by_ctx"][0][key] == theirs["by_ctx"][0][key]
+    assert again.path is None
+
+
+def test_refused_pairs_are_named() -> None:
+    """They poison neither the other rows nor those who read them."""
+    random = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = [
+        {"id": f"{name}-{name}", "k": name, "v": name, "rotation": True, "simulated": False}
+        for name in ("f16", "q8_0", "q4_0")
+    ]
+    shape = (40, 5)
+    arrays = {
+        row["id"]: {"kld": random.random(shape) * scale, "nll": np.zeros(shape), "top1": np.ones(shape, np.bool_)}
+        for row, scale in zip(rows[:2], (0.0, 1.0), strict=True)
+    }
+    about = {"ctx": 64, "rows": [{"id": "q4_0-q4_0", "problem": "the library refuses"}]}
+    with open_model(embedded_model()) as opened:
+        document, kept = assemble(opened, [Measured(about, arrays)], rows, [64], {}, [])
+    assert [row["k"] for row in document["pairs"]] == ["f16", "q8_0"]
+    assert [(row["k"], row["problem"]) for row in document["failed"]] == [("q4_0", "the library refuses")]
+    assert "q4_0/q4_0: the library refuses" in document["notes"]
+    assert set(kept) >= {"64/q8_0-q8_0/kld"}
+
+
+# --- simulation ---
+
+
+def test_turbo_is_predicted_with_its_uncertainty(found: KVResult) -> None:
+    (row,) = found.simulated
+    assert (row["k"], row["v"], row["type_bytes"]) == ("turbo3", "turbo3", {"turbo3": 50})
+    (made,) = row["predictions"]
+    assert {check["name"] for check in made["checks"]} == {"q8_0/q8_0", "q4_0/q4_0", "q8_0/q4_0"}
+    assert made["simulated"]["value"] > found.row("q8_0", "q8_0")["kld_mean"]["value"]
+    assert made["predicted"]["low"] < made["predicted"]["value"] < made["predicted"]["high"]
+    assert [layer["layer"] for layer in made["layers"]] == [3, 7, 11]
+    for layer in made["layers"]:
+        # rotated to something near a normal distribution, whatever the layer: the distortion of the paper
+        assert layer["k_error"] == pytest.approx(0.0345, rel=0.15)
+        assert layer["v_error"] == pytest.approx(0.0345, rel=0.15)
+        assert 0 < layer["attention_error"] < 1
+    assert "too few" in made["from_attention"]["note"]
+    assert "turbo3/turbo3 (3.125 bits a value): predicted mean KLD" in row["sentence"]
+
+
+def test_simulated_f16_is_f16(small: Path) -> None:
+    """Nothing is rounded: the path through a cache of f32 adds nothing of its own."""
+    made = run(None, model=small, types=(), pairs=(), reference=None, simulate="f16", chunks=4)
+    assert abs(made.simulated[0]["by_ctx"][0]["kld_mean"]["value"]) < 1e-6
+
+
+@pytest.mark.slow
+def test_simulations_of_stock_types_are_near_the_truth() -> None:
+    made = kv(
+        embedded_model(), types=["q8_0", "q5_0", "q4_0", "iq4_nl"], pairs=(), ctx=(128,), chunks=40, text=[TEXT],
+        speed=False, simulate="turbo4", out=None, options=ONE,
+    )  # fmt: skip
+    (row,) = made.simulated[0]["predictions"]
+    for check in row["checks"]:
+        if check["name"] != "q8_0/q8_0":  # so little that queries in 8 bits and flipped experts show
+            assert check["ratio"] == pytest.approx(1, abs=0.3), check
+    assert row["from_attention"]["rank_correlation"] > 0.5
+    predicted = made.simulated[0]["kld_mean"]["value"]
+    assert 0.5 < predicted / made.row("q4_0", "q4_0")["kld_mean"]["value"] < 2
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_round_trips_are_those_of_the_gguf_package(name: str) -> None:
+    """An independent implementation of the formats."""
+    x = np.random.default_rng(1).standard_normal((7, 128)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    expected = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
+    np.testing.assert_array_equal(stock_round_trip(x, name), expected)
+
+
+def test_rotation_helps_rows_with_one_large_value() -> None:
+    x = np.random.default_rng(2).standard_normal((50, 128)).astype(np.float32)
+    x[:, 3] *= 50
+    with_it, without = rounding("q4_0", "k", 64), rounding("q4_0", "k", 64, rotated=False)
+    odd = rounding("q4_0", "k", 48)
+    assert with_it is not None
+    assert without is not None
+    assert odd is not None
+    small = np.delete(np.arange(128), range(32))
+    assert np.abs(with_it(x) - x).mean() < np.abs(without(x) - x).mean()
+    np.testing.assert_array_equal(without(x), odd(x))
+    np.testing.assert_array_equal(without(x)[:, small], stock_round_trip(x, "q4_0")[:, small])
+    assert rounding("f16", "v", 64) is None
+
+
+def test_heads_are_filled_up_where_rows_are_no_whole_blocks() -> None:
+    """Three heads of 64, as SmolLM2's: each has a block of its own, so their lengths are kept one by one."""
+    x = np.random.default_rng(3).standard_normal((9, 192)).astype(np.float32) * np.repeat([1, 100, 0.01], 64)
+    to_type = rounding("turbo4", "k", 64)
+    assert to_type is not None
+    made = to_type(x.astype(np.float32))
+    assert made.shape == x.shape
+    error = np.square(made - x).reshape(9, 3, 64).sum(axis=2) / np.square(x).reshape(9, 3, 64).sum(axis=2)
+    assert error.max() < 0.03
+    nothing = rounding("turbo4", "k", -1)
+    assert nothing is not None
+    with pytest.raises(UsageError, match="multiple of 128"):
+        nothing(x.astype(np.float32))
+
+
+def test_the_tap_changes_new_rows_only() -> None:
+    calls: list[int] = []
+
+    def halved(rows: Any) -> Any:
+        calls.append(len(rows))
+        return rows / 2
+
+    tap = CacheTap(halved, None)
+    cache = np.zeros((8, 4), np.float32)
+    tap.begin()
+    cache[2:5] = 8
+    tap.take_node("cache_k_l3 (view)", "SET_ROWS", cache, None)
+    cache[5] = 2
+    tap.take_node("cache_k_l3 (view)", "SET_ROWS", cache, None)
+    tap.take_node("cache_k_l3 (view)", "SET_ROWS", cache, None)
+    tap.take_node("cache_v_l3 (view)", "SET_ROWS", cache, None)
+    tap.take_node("leaf_7", "SET_ROWS", cache, None)
+    np.testing.assert_array_equal(cache[:, 0], [0, 0, 4, 4, 4, 1, 0, 0])
+    assert calls == [3, 1]
+    assert tap.errors() == [{"layer": 3, "k_error": pytest.approx(0.25), "v_error": 0.0}]
+
+
+# --- references, rotation, speed ---
+
+
+@pytest.mark.slow
+def test_a_stored_reference(tmp_path: Path, small: Path, found: KVResult) -> None:
+    reference = tmp_path / "made.apexref"
+    make_reference(embedded_model(), reference, text=[TEXT], ctx=CTX, chunks=CHUNKS, options=ONE)
+    more: dict[str, Any] = {"reference": reference, "source": embedded_model(), "simulate": None, "types": ["q4_0"]}
+    made = run(None, model=small, pairs=(), text=None, chunks=None, **more)
+    ours, theirs = (one.row("q4_0", "q4_0") for one in (made, found))
+    assert ours["kld_mean"] == theirs["kld_mean"]
+    assert ours["full"] == theirs["full"]
+    with pytest.raises(UsageError, match="used whole"):
+        run(None, model=small, pairs=(), text=None, chunks=3, **more)
+    with pytest.raises(UsageError, match="that of the reference file"):
+        run(None, model=small, pairs=(), chunks=None, **more)
+
+
+@pytest.mark.slow
+def test_rotation_and_speed(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"types": ["q4_0"], "pairs": (), "reference": None, "simulate": None, "speed": True}
+    made = run(tmp_path / "kv.json", model=embedded_model(), rotation="both", **more)
+    assert [row["rotation"] for row in made.pairs] == [None, True]
+    (plain,) = made.document["unrotated"]
+    assert plain["rotated"] == {"k": False, "v": False}
+    assert plain["kld_mean"]["value"] != made.pairs[1]["kld_mean"]["value"]
+    assert all(row["speed"]["pp512"]["value"] > 0 and row["speed"]["tg32"]["value"] > 0 for row in made.pairs)
+    off = run(None, model=embedded_model(), rotation="off", **{**more, "speed": False})
+    assert off.row("q4_0", "q4_0", rotation=False)["kld_mean"] == plain["kld_mean"]
+
+
+@pytest.mark.slow
+def test_against_llama_perplexity(tmp_path: Path) -> None:
+    """The same text, chunks and types in stock's tool, which keeps its reference in 16 bits."""
+    given = os.environ.get("APEX_STOCK_TOOLS")
+    if not given:
+        pytest.skip("APEX_STOCK_TOOLS names no folder with llama-perplexity (tools/build_stock_tools.py)")
+    tools, ctx, chunks = Path(given), 128, 20
+    base = tmp_path / "base"
+    words = ("-f", TEXT, "-c", ctx, "--chunks", chunks, "-fa", "on")
+    llama_perplexity(tools, embedded_model(), *words, "--save-all-logits", base)
+    said = llama_perplexity(
+        tools, embedded_model(), "--kl-divergence", "--kl-divergence-base", base, "-c", ctx, "-fa", "on",
+        "-ctk", "q8_0", "-ctv", "q4_0",
+    )  # fmt: skip
+    stock = re.search(r"Mean +KLD: *([-\d.]+)", said)
+    assert stock is not None, said
+    made = kv(
+        embedded_model(), types=["q8_0/q4_0"], pairs=(), ctx=(ctx,), chunks=chunks, text=[TEXT], speed=False,
+        out=None, options=ONE,
+    )  # fmt: skip
+    assert made.row("q8_0", "q4_0")["kld_mean"]["value"] == pytest.approx(float(stock[1]), rel=0.02, abs=2e-5)
+
+
+# --- the command ---
+
+
+def test_the_command(found: KVResult, folder: Path, small: Path) -> None:
+    """Of what is measured already, so that nothing is run."""
+    words: list[str | Path] = [
+        "kv",
+        small,
+        "--reference",
+        embedded_model(),
+        "--types",
+        "q8_0,q4_0,q8_0/q4_0",
+        "--text",
+        TEXT,
+    ]
+    words += ["--ctx", f"{CTX},4096", "--chunks", str(CHUNKS), "--simulate", "turbo3", "--no-speed", "-j", "1"]
+    done = apex(*words, "-o", folder / "kv.json", "--json")
+    assert done.status == 0, done.err
+    assert json.loads(done.out) == found.to_json()
+    shown = apex(*words, "-o", folder / "kv.json")
+    assert shown.status == 0, shown.err
+    assert "simulated: turbo3/turbo3 (3.125 bits a value): predicted" in shown.out
+    assert "MiB at 4096" in shown.out
+
+
+# --- what cannot work ---
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"types": ["turbo3"]}, "turbo3 is not in stock"),
+        ({"types": ["q9_0"]}, "no cache type is called 'q9_0'"),
+        ({"ctx": ()}, "at least one context"),
+        ({"ctx": (8,)}, "at least one context of 16"),
+        ({"chunks": 0}, "1 chunk"),
+        ({"options": SessionOptions(flash_attention="off")}, "a quantized V needs flash attention"),
+        ({"options": SessionOptions(gpu_layers=1)}, "changes the cache in main memory"),
+        ({"text": ["missing.txt"]}, "no such file"),
+        ({"reference": TEXT}, "neither a GGUF model nor"),
+    ],
+)
+def test_bad_calls(more: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    with pytest.raises(ApexError, match=message):
+        run(tmp_path / "kv.json", model=embedded_model(), **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_places(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        run(tmp_path / "no" / "kv.json", model=embedded_model())
+    with pytest.raises(UsageError, match="is the model"):
+        run(embedded_model(), model=embedded_model())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: None,
+        lambda d: [],
+        lambda d: {**d, "schema": "apex.kv/9"},
+        lambda d: {**d, "pairs": None},
+        lambda d: {**d, "pairs": [1]},
+        lambda d: {**d, "pairs": [{"k": "f16"}]},
+        lambda d: {key: value for key, value in d.items() if key != "simulated"},
+    ],
+)
+def test_other_documents(damage: Callable[[Any], Any], found: KVResult, tmp_path: Path) -> None:
+    path = tmp_path / "kv.json"
+    path.write_text(json.dumps(damage(found.document)))
+    with pytest.raises(InputError, match=r"kv\.json"):
+        load_kv(path)
+    for text in ("", "{", "[" * 100_000, '{"schema": '):
+        path.write_text(text)
+        with pytest.raises(InputError):
+            load_kv(path)
