@@ -1,6 +1,7 @@
-"""Original text that ships in this package: the built-in corpus, which calibrates, and held-out text, which judges.
+"""Original text that ships in this package: the built-in corpus, which calibrates, held-out text, which judges, and
+probe text, on which sensitivities are measured.
 
-The two share no run of 13 words (a test counts them). The name of a held-out file is its domain.
+No two of them share a run of 13 words (tests count them). The name of a held-out or probe file is its domain.
 
 `python -m apex_quant.text` prints the statistics.
 """
@@ -33,6 +34,11 @@ def builtin() -> list[Document]:
 def heldout() -> list[Document]:
     """All documents of the held-out text, by file name and line; `source` is 'heldout/DOMAIN.jsonl:LINE'."""
     return _documents("heldout", "heldout")
+
+
+def probe() -> list[Document]:
+    """All documents that sensitivities are measured on, in the same form; `source` is 'probe/DOMAIN.jsonl:LINE'."""
+    return _documents("probe", "probe")
 
 
 def _documents(folder: str, label: str) -> list[Document]:

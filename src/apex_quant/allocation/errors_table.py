@@ -1,0 +1,123 @@
+"""How much each type disturbs each tensor: errors of sampled rows, for all types at once.
+
+relative = sum (w - q)^2 / sum w^2; weighted = sum_j h_j (w - q)_j^2 / sum_j h_j w_j^2, where h is the sum of squared
+activations of input channel j (of its expert), so that it is the share of the output's energy that is lost, as far as
+channels are uncorrelated. A type whose bytes do not depend on chunking gives the same error by any sample of rows, but
+for chance; rows are taken evenly from all slices.
+
+What was computed once is kept by content: the hash of the sampled bytes, the importance, the type and the library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apex_quant.allocation.patches import Disturber, Sums, Weights
+from apex_quant.converter_source import cache_folder
+from apex_quant.gguf import GGMLType, ggml_type
+from apex_quant.native import library_info
+
+Row = dict[str, dict[str, float]]  # type -> {"relative", "weighted"}
+
+SAMPLE = 1 << 16  # weights of a tensor
+_FORMAT = 1
+_LEAST_ROWS = 8  # of a slice, as long as there are so many
+
+
+def sample(weights: Weights, most: int) -> list[int]:
+    """Row numbers, evenly spread over all slices; at most about `most` weights, at least a few rows of some slices."""
+    slices = weights.rows // weights.rows_per_slice
+    rows = max(_LEAST_ROWS, most // weights.n)
+    taken = min(slices, max(1, rows // _LEAST_ROWS))
+    each = min(weights.rows_per_slice, max(1, rows // taken))
+    places = np.unique(np.linspace(0, slices - 1, taken).round().astype(int))
+    inside = np.unique(((np.arange(each) + 0.5) * weights.rows_per_slice / each).astype(int))
+    return [int(p) * weights.rows_per_slice + int(i) for p in places for i in inside]
+
+
+def errors_of(weights: Weights, types: list[GGMLType], disturber: Disturber, *, most: int = SAMPLE) -> Row:
+    """Errors of one tensor in these types, from the cache where it has them."""
+    rows = sample(weights, most)
+    by_slice: dict[int, list[int]] = {}
+    for row in rows:
+        by_slice.setdefault(row // weights.rows_per_slice, []).append(row)
+    pieces = []
+    digest = hashlib.sha256(f"{_FORMAT} {library_info().version} {weights.info.type.name} {weights.n}".encode())
+    for place, members in by_slice.items():
+        values = np.concatenate([weights.read(row, 1) for row in members])
+        encoding, counting = weights.importance_of(place * weights.rows_per_slice)
+        pieces.append((values, encoding, counting))
+        for array in (values, encoding, counting):
+            digest.update(b"-" if array is None else array.tobytes())
+    cache = _Cache(digest.hexdigest())
+    missing = [kind for kind in types if kind.name not in cache.known]
+
+    def work(kind: GGMLType) -> tuple[str, Sums]:
+        sums = Sums()
+        for values, encoding, counting in pieces:
+            sums.add(values, disturber.quantized(kind, values, encoding), counting)
+        return kind.name, sums
+
+    for name, sums in disturber.map(work, missing):
+        cache.known[name] = {"relative": sums.relative, "weighted": sums.weighted}
+    if missing:
+        cache.save()
+    return {kind.name: cache.known[kind.name] for kind in types}
+
+
+def error_table(
+    types: Mapping[str, list[GGMLType]],
+    weights: Callable[[str], Weights],
+    disturber: Disturber,
+    each: Callable[[int, str], None],
+) -> dict[str, Row]:
+    """Errors of the tensors that `types` names; `each` is told the number of finished ones and the name of the next."""
+    every = sorted({kind.name for kinds in types.values() for kind in kinds})
+    disturber.encoder.prepare([ggml_type(name) for name in every])
+    table: dict[str, Row] = {}
+    for number, (name, kinds) in enumerate(types.items()):
+        each(number, name)
+        table[name] = errors_of(weights(name), kinds, disturber)
+    return table
+
+
+class _Cache:
+    """One small file for each tensor's sample. Whatever is wrong with it, it is made again."""
+
+    def __init__(self, key: str) -> None:
+        self.path: Path = cache_folder() / "errors" / key[:2] / f"{key}.json"
+        self.known: Row = {}
+        try:
+            if self.path.stat().st_size < 1 << 16:
+                self.known = _checked(json.loads(self.path.read_bytes()))
+        except (OSError, ValueError, RecursionError):
+            pass
+
+    def save(self) -> None:
+        """A cache that cannot be written costs time and nothing else."""
+        scratch = self.path.with_suffix(f".{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(json.dumps(self.known))
+            scratch.replace(self.path)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+
+
+def _checked(document: Any) -> Row:
+    """ValueError unless every entry is two sane numbers."""
+    if not isinstance(document, dict):
+        raise ValueError("not a table")
+    for row in document.values():
+        if not isinstance(row, dict) or set(row) != {"relative", "weighted"}:
+            raise ValueError("not a row")
+        if not all(isinstance(v, int | float) and 0 <= v < 1e6 for v in row.values()):
+            raise ValueError("not an error")
+    return document

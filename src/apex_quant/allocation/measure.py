@@ -1,0 +1,290 @@
+"""`measure`: how much the output of a model moves when a part of it is quantized, part by part.
+
+found = measure("MODEL-BF16.gguf", out="sensitivity.json", imatrix="imatrix.gguf")
+CostModel.from_sensitivities(found).predict({"blk.0.ffn_down_exps.weight": "Q3_K"})
+
+The model is loaded once; real weights are quantized and dequantized in place, one group of tensors at a time, a few
+thousand tokens of diverse text are decoded, and the logits compared with the undisturbed model's. A journal beside
+the output keeps every finished probe: the same call after an interruption loses at most the one it was at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_quant.allocation import sensitivity
+from apex_quant.allocation.assemble import Assembly
+from apex_quant.allocation.groups import (
+    CANDIDATES,
+    DEFAULT_GROUPS,
+    JOINT,
+    PROBES,
+    ProbePlan,
+    joint_probes,
+    make_groups,
+    quantizable,
+    single_probes,
+    usable_types,
+)
+from apex_quant.allocation.journal import read_journal
+from apex_quant.allocation.sensitivity import Sensitivities
+from apex_quant.allocation.texts import read_texts
+from apex_quant.errors import BusyError, InputError, NativeError, ResourceError, UsageError
+from apex_quant.evaluation.identity import sampled
+from apex_quant.evaluation.reference import vocabulary_size
+from apex_quant.evaluation.steps import Batching
+from apex_quant.gguf import GGUFModel, ggml_type, open_model
+from apex_quant.gguf.writer import AtomicFile
+from apex_quant.importance import Importance
+from apex_quant.importance.fill import prior_of
+from apex_quant.model.facts import facts
+from apex_quant.native import Child, library_info
+from apex_quant.runtime.options import SessionOptions
+
+WORKER = "apex_quant.allocation.probe_job"
+TOKENS = 4096
+CTX = 512
+_FORMAT = 1  # of the journal and of what its numbers mean
+
+
+@dataclass(frozen=True)
+class MeasureProgress:
+    """How far a measurement is: `done` of `planned` of `what`; `left` is an estimate in seconds."""
+
+    what: str
+    done: int
+    planned: int
+    resumed: int
+    tokens: int
+    left: float | None
+
+
+Report = Callable[[MeasureProgress], None]
+
+
+def measure(
+    model: str | Path,
+    *,
+    out: str | Path = "sensitivity.json",
+    imatrix: str | Path | None = None,
+    fill: str = "prior",
+    tokens: int = TOKENS,
+    ctx: int = CTX,
+    groups: str = DEFAULT_GROUPS,
+    types: Sequence[str] = PROBES,
+    candidates: Sequence[str] = CANDIDATES,
+    joint: int = JOINT,
+    noise: bool = False,
+    loaded: str | Path | None = None,
+    text: Sequence[str | Path] | None = None,
+    budget: float | None = None,
+    seed: int = 0,
+    options: SessionOptions | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Report | None = None,
+) -> Sensitivities:
+    """Measure the sensitivities of `model`, its errors in `candidates`, and write them to `out`.
+
+    `imatrix`, `fill`: as quantize() will be given; without a matrix, types that need one are left out. `tokens`: of
+    text in each probe. `groups`: 'tensor', or some of role, part and layer: 'role,layer' quantizes all routed experts
+    of a layer together. `types`: in which every group is probed. `joint`: so many random recipes of the whole model
+    are measured too. `noise`: random matrices of rank 32 of the same error instead of the encoder's own blocks.
+    `loaded`: another file of the same model (a Q8_0 one), which is disturbed instead where the model itself does not
+    fit into memory; weights are read from `model` all the same. `text`: files, instead of the built-in probe text.
+    `budget` in seconds shortens the text and then leaves out probes; what is missing is estimated from neighbours.
+    `resume`: UsageError unless there is an interrupted run of this measurement.
+
+    Raises UsageError, InputError, ResourceError (BusyError while another process measures into `out`) or NativeError;
+    finished probes are kept, and the same call goes on from there.
+    """
+    out = Path(out)
+    if tokens < ctx or joint < 0 or (budget is not None and budget <= 0):
+        raise UsageError(
+            f"{tokens} tokens, {joint} joint probes: at least one context of {ctx} tokens, and none below 0"
+        )
+    problem = library_info().problem
+    if problem:
+        raise ResourceError(f"{problem}, so nothing can be run", hint="`apex doctor` says how to get it")
+    report = progress or (lambda _: None)
+    with ExitStack() as held:
+        opened = held.enter_context(open_model(model))
+        probed = held.enter_context(open_model(loaded)) if loaded is not None else opened
+        _same_tensors(opened, probed)
+        matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
+        read = read_texts(opened, text)
+        plan = _Plan(opened, matrix, groups, types, candidates, joint, noise, seed)
+        run_options = _options(options or SessionOptions(), ctx, opened)
+        chunks = max(1, tokens // ctx)
+        asked: dict[str, Any] = {
+            "probes": [probe.to_json() for probe in plan.probes],
+            "errors": plan.errors,
+            "chunks": chunks,
+            "prior": prior_of(matrix, fill) if matrix is not None else "none",
+            "texts": list(read.texts),
+        }
+        spec = _spec(opened, probed, matrix, asked, run_options)
+        if (found := _finished(out, spec, opened, force)) is not None:
+            return found
+        child = held.enter_context(Child(WORKER))
+        lock = held.enter_context(_locked(out))
+        journal = out.with_name(out.name + ".probes")
+        if resume and not read_journal(journal, spec)[0]:
+            raise UsageError(
+                f"{journal}: no interrupted run of this measurement",
+                hint="without --resume it begins, or goes on where there is one",
+            )
+        batching = Batching.of(ctx, vocabulary_size(opened), 2)
+        run_options = run_options.model_copy(
+            update={"sequences": batching.sequences, "decode_tokens": batching.tokens,
+                    "ubatch": max(16, batching.tokens)}
+        )  # fmt: skip
+        payload = {
+            **asked,
+            "model": str(opened.path),
+            "loaded": str(probed.path),
+            "imatrix": str(imatrix) if imatrix is not None else None,
+            "options": run_options.model_dump(mode="json"),
+            "batching": vars(batching),
+            "experts_used": max(facts(opened).experts_used(layer) for layer in range(facts(opened).trunk_layers))
+            if facts(opened).n_expert
+            else 0,
+            "budget": budget,
+            "spec": spec,
+            "journal": str(journal),
+        }
+
+        def on_event(event: dict[str, Any]) -> None:
+            report(MeasureProgress(**{key: event[key] for key in MeasureProgress.__dataclass_fields__}))
+
+        result = child.run(f"{WORKER}:run", payload, on_event, step=f"measuring {opened.path.name}", pass_fds=[lock])
+        header, rows = read_journal(journal, spec)
+        if not header:
+            raise NativeError(f"{journal}: the journal is gone or damaged", hint="measure again")
+        made = Assembly(opened, probed, matrix, plan.groups, read, result, header, rows).sensitivities(
+            {
+                "spec": spec, "complete": result["complete"], "tokens": tokens, "ctx": ctx, "groups": groups,
+                "types": list(types), "joint": joint, "noise": noise, "seed": seed, "fill": asked["prior"],
+                "library": library_info().version, "threads": result["threads"], "kept_logits": result["kept"],
+            }
+        )  # fmt: skip
+        made.save(out)
+        if result["complete"]:
+            journal.unlink(missing_ok=True)
+    return sensitivity.load(out)
+
+
+class _Plan:
+    """Groups, probes, and the types whose errors are wanted, of one call."""
+
+    def __init__(
+        self,
+        model: GGUFModel,
+        matrix: Importance | None,
+        groups: str,
+        types: Sequence[str],
+        candidates: Sequence[str],
+        joint: int,
+        noise: bool,
+        seed: int,
+    ) -> None:
+        for name in (*types, *candidates):
+            if not ggml_type(name).encodable or not ggml_type(name).is_quantized:
+                raise UsageError(f"{name} is not a type that weights are quantized to")
+        if not types:
+            raise UsageError("no type to probe with", hint="--probe Q3_K")
+        names = quantizable(model)
+        if not names:
+            raise InputError(f"{model.path.name} has no tensors that could be quantized")
+        weighted = {name for name, info in names.items() if matrix is not None and matrix.fits(info)}
+        self.groups = make_groups(model, groups, list(names))
+        self.probes: list[ProbePlan] = single_probes(model, self.groups, types, weighted, noise=noise)
+        everything = [name for group in self.groups for name in group.tensors]
+        joints = joint_probes(model, everything, joint, weighted, seed)
+        # in between, so that a budget that ends early leaves neither out
+        cut = len(self.groups)
+        self.probes[cut:cut] = joints
+        used: dict[str, set[str]] = {}
+        for probe in self.probes:
+            for name, kind in probe.types.items():
+                used.setdefault(name, set()).add(kind)
+        self.errors = {
+            name: [
+                kind.name
+                for kind in usable_types(
+                    names[name], list(dict.fromkeys((*candidates, *sorted(used.get(name, ()))))),
+                    importance=name in weighted,
+                )
+            ]
+            for name in everything
+        }  # fmt: skip
+
+
+def _options(options: SessionOptions, ctx: int, model: GGUFModel) -> SessionOptions:
+    """What a session needs whose weights are written to."""
+    return options.model_copy(update={"mmap": False, "repack": False, "ctx": ctx})
+
+
+def _same_tensors(model: GGUFModel, loaded: GGUFModel) -> None:
+    for name, info in model.tensors.items():
+        other = loaded.tensors.get(name)
+        if other is None or other.shape != info.shape:
+            raise InputError(
+                f"{loaded.path.name} has no {name} of this shape",
+                hint="--load wants another file of the same model, such as its Q8_0 form",
+            )
+
+
+def _spec(
+    model: GGUFModel, loaded: GGUFModel, matrix: Importance | None, asked: Mapping[str, Any], options: SessionOptions
+) -> str:
+    """A hash of everything that decides the numbers, but for threads and budget."""
+    rest = [
+        _FORMAT, sampled(model), sampled(loaded), matrix.sha256 if matrix is not None else None, asked,
+        options.model_dump(mode="json", exclude={"threads"}), library_info().version,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _finished(out: Path, spec: str, model: GGUFModel, force: bool) -> Sensitivities | None:
+    """What an earlier run of the same call made and finished, or None. UsageError when something else has the name."""
+    if not out.exists():
+        if not out.parent.is_dir():
+            raise UsageError(f"{out.parent}: no such folder")
+        return None
+    if any(out.samefile(file.path) for file in model.files):
+        raise UsageError(f"{out} is the model itself", hint="choose another -o")
+    if force:
+        return None
+    try:
+        known = sensitivity.load(out)
+    except InputError:
+        known = None
+    if known is None or known.settings.get("spec") != spec:
+        raise UsageError(f"{out} exists and was measured in another way", hint="--force replaces it")
+    return known if known.settings.get("complete") else None
+
+
+class _locked:
+    """Hold the output for one run; the child holds the descriptor too. Raises BusyError."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> int:
+        try:
+            self.file = AtomicFile(self.out.with_name(self.out.name + ".measure"))  # never completed
+        except BusyError:
+            raise BusyError(
+                f"{self.out}: another process is measuring into it", hint="wait for it, or choose another -o"
+            ) from None
+        return self.file.fileno()
+
+    def __exit__(self, *error: object) -> None:
+        self.file.abandon()

@@ -1,0 +1,279 @@
+"""Measuring sensitivities: against evaluate() on files, interrupted, with a budget, with odd arguments."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+from rich.console import Console
+
+from apex_quant import SessionOptions, embedded_model, evaluate
+from apex_quant.allocation import sensitivity
+from apex_quant.allocation.groups import (
+    GroupPlan,
+    fitting,
+    joint_probes,
+    make_groups,
+    quantizable,
+    single_probes,
+    spread_out,
+)
+from apex_quant.allocation.journal import Journal, read_journal
+from apex_quant.allocation.measure import MeasureProgress, measure
+from apex_quant.allocation.sensitivity import Joint, Sensitivities
+from apex_quant.cli.measure import MeasureBar, parse_time, show_sensitivities
+from apex_quant.errors import BusyError, InputError, UsageError
+from apex_quant.gguf import open_model
+from apex_quant.text import heldout, render
+
+ONE = SessionOptions(threads=1)
+CTX = 128
+KIND = "Q4_0"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(render(document, None) for document in heldout()[::40]), encoding="utf-8")
+    return path
+
+
+def run(out: Path, text: Path, **changed: Any) -> Sensitivities:
+    asked: dict[str, Any] = {
+        "groups": "role", "types": [KIND], "candidates": ["Q8_0", KIND], "joint": 0, "tokens": 4 * CTX, "ctx": CTX,
+        "text": [text], "options": ONE,
+    }  # fmt: skip
+    return measure(embedded_model(), out=out, **{**asked, **changed})
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Sensitivities:
+    return run(tmp_path_factory.mktemp("whole") / "s.json", text)
+
+
+def test_what_it_says(measured: Sensitivities) -> None:
+    assert {group.role for group in measured.groups} == {
+        "embedding", "attention", "ssm", "routed_expert", "shared_expert",
+    }  # fmt: skip
+    assert measured.text.tokens == 4 * CTX
+    assert measured.floor is not None
+    assert measured.floor.kld == 0
+    assert measured.tokens_spent == (5 + 2) * 4 * CTX
+    for group in measured.groups:
+        (probe,) = group.probes
+        assert probe.type == KIND
+        assert probe.kld > probe.error > 0
+        assert probe.n == 4
+        assert probe.flips is not None
+        assert 0 < probe.flips < 0.5
+        by_chunk = (probe.model_extra or {})["by_chunk"]
+        assert np.mean(by_chunk) == pytest.approx(probe.kld, rel=1e-4)
+        assert probe.error == pytest.approx(np.std(by_chunk, ddof=1) / 2, rel=1e-3)
+        table = [measured.errors[name][KIND].weighted for name in group.tensors]
+        assert probe.weighted_error == pytest.approx(np.mean(table), rel=0.05)
+    assert any("stand in the built-in held-out evaluation" in warning for warning in measured.warnings)
+
+
+def test_the_same_as_evaluating_a_file(measured: Sensitivities, text: Path, tmp_path: Path) -> None:
+    """Shared experts through PyPI gguf's Q4_0 in a file of their own, evaluated against the model itself."""
+    copy = tmp_path / "m.gguf"
+    shutil.copy(embedded_model(), copy)
+    group = next(group for group in measured.groups if group.role == "shared_expert")
+    with open_model(copy) as model, copy.open("r+b") as out:
+        for name in group.tensors:
+            info = model.tensors[name]
+            rows = dequantize(np.frombuffer(model.read(info), np.uint8), gguf.GGMLQuantizationType.BF16)
+            blocks = quantize(rows.reshape(-1, info.shape[0]), gguf.GGMLQuantizationType.Q4_0)
+            back = quantize(dequantize(blocks, gguf.GGMLQuantizationType.Q4_0), gguf.GGMLQuantizationType.BF16)
+            out.seek(info.offset)
+            out.write(back.tobytes())
+    made = evaluate(
+        copy,
+        reference=embedded_model(),
+        text=[text],
+        ctx=CTX,
+        chunks=4,
+        scored="all",
+        only=["kld", "router"],
+        options=ONE,
+    )
+    (probe,) = group.probes
+    assert probe.kld == pytest.approx(made.metrics["kld"]["mean"]["value"], rel=1e-3)
+    assert probe.flips == pytest.approx(made.metrics["router"]["changed"], rel=0.02)
+
+
+def test_interrupted_and_resumed(measured: Sensitivities, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    seen: list[MeasureProgress] = []
+
+    def stop(event: MeasureProgress) -> None:
+        if event.what == "probes" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(UsageError, match="no interrupted run"):
+        run(out, text, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, text, progress=stop)
+    assert not out.exists()
+    with (tmp_path / "s.json.probes").open("ab") as journal:
+        journal.write(b'{"key": "group|torn')  # a kill in the middle of a line
+    again = run(out, text, progress=seen.append, resume=True)
+    probes = [event for event in seen if event.what == "probes"]
+    assert probes[0].resumed >= 3
+    assert probes[0].planned == 5
+    assert again.groups == measured.groups
+    assert not (tmp_path / "s.json.probes").exists()
+    seen.clear()
+    assert run(out, text, progress=seen.append).groups == again.groups
+    assert not seen  # it was finished: nothing is done
+    with pytest.raises(UsageError, match="measured in another way"):
+        run(out, text, tokens=5 * CTX)
+
+
+@pytest.mark.slow
+def test_a_budget(text: Path, tmp_path: Path) -> None:
+    """Less text, then fewer probes; what is missing is said and estimated; later the rest is measured."""
+    out = tmp_path / "s.json"
+    short = run(out, text, groups="role,layer", tokens=16 * CTX, budget=0.01)
+    assert short.text.chunks == 4
+    assert not short.settings["complete"]
+    kinds = [probe.kind for group in short.groups for probe in group.probes]
+    assert kinds.count("real") >= 1
+    assert kinds.count("estimated") == len(short.groups) - kinds.count("real")
+    assert any("the budget ended" in warning for warning in short.warnings)
+    assert read_journal(tmp_path / "s.json.probes", short.settings["spec"])[0]
+
+
+def test_refused(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    for changed, message in (
+        ({"groups": "nonsense"}, "--groups"),
+        ({"groups": "layer"}, "whole layers"),
+        ({"types": ["F16"]}, "not a type"),
+        ({"types": ["Q9"]}, "no tensor type"),
+        ({"types": []}, "no type to probe"),
+        ({"tokens": 10}, "at least one context"),
+        ({"budget": -1.0}, "at least one context"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(out, text, **changed)
+    with pytest.raises(UsageError, match="no such folder"):
+        run(tmp_path / "absent" / "s.json", text)
+    (tmp_path / "short.txt").write_text("Hello")
+    with pytest.raises(InputError, match="tokens, but one context"):
+        run(out, tmp_path / "short.txt")
+    assert list(tmp_path.glob("s.json")) == []
+
+
+def test_one_run_at_a_time(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    refused: list[BusyError] = []
+
+    def second(event: MeasureProgress) -> None:
+        if not refused:
+            with pytest.raises(BusyError, match="another process is measuring") as caught:
+                run(out, text)
+            refused.append(caught.value)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, text, groups="role", tokens=CTX, progress=second)
+    assert refused
+
+
+# --- plans ---
+
+
+def test_groups() -> None:
+    with open_model(embedded_model()) as model:
+        names = list(quantizable(model))
+        assert len(names) == 130
+        assert "output_norm.weight" not in names
+        single = make_groups(model, "tensor", names)
+        assert [group.tensors for group in single] == [(name,) for name in names]
+        by_role = make_groups(model, "role,layer", names)
+        assert {tuple(sorted(n.split(".")[2] for n in g.tensors)) for g in by_role if g.role == "routed_expert"} == {
+            ("ffn_down_exps", "ffn_gate_exps", "ffn_up_exps")
+        }
+        assert [g.tensors for g in by_role if g.role == "embedding"] == [("token_embd.weight",)]
+        probes = single_probes(model, single, ["Q3_K"], names, noise=False)
+        assert len({probe.key for probe in probes}) == len(probes)
+        assert [p.kind for p in probes[:130]] == ["Q3_K"] * 130
+        joints = joint_probes(model, names, 8, names, 0)
+        assert len(joints) == 8
+        assert all(set(joint.types) == set(names) for joint in joints)
+        assert joints == joint_probes(model, names, 8, names, 0) != joint_probes(model, names, 8, names, 1)
+        plain = joint_probes(model, names, 8, (), 0)
+        assert not any(kind.startswith(("IQ1", "IQ2")) for joint in plain for kind in joint.types.values())
+
+
+def test_layers_far_apart_come_first() -> None:
+    groups = [GroupPlan(str(layer), ("x",), "attention", "", layer) for layer in range(12)]
+    order = [group.layer or 0 for group in spread_out(groups)]
+    assert order[:3] == [0, 8, 4]
+    assert sorted(order) == list(range(12))
+
+
+def test_fallbacks() -> None:
+    with open_model(embedded_model()) as model:
+        info = model.tensors["blk.0.ffn_down_exps.weight"]
+        assert fitting("IQ2_XS", info, importance=True) == "IQ2_XS"
+        assert fitting("IQ2_XS", info, importance=False) == "Q2_K"
+        narrow = type(info)(**{**{f: getattr(info, f) for f in info.__dataclass_fields__}, "shape": (96, 4)})
+        assert fitting("Q3_K", narrow, importance=True) == "Q4_0"
+        assert fitting("IQ3_XXS", narrow, importance=True) == "IQ4_NL"
+
+
+def test_journals_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path, "spec")
+    journal.add({"chunks": 3})
+    journal.add({"key": "a", "kld": 1.0})
+    assert read_journal(path, "spec") == ({"chunks": 3, "spec": "spec"}, {"a": {"key": "a", "kld": 1.0}})
+    assert read_journal(path, "other") == ({}, {})
+    for data in (b"", b"[]\n", b"{\n", b'{"spec": "spec"}\n{"no": "key"}\n', b'{"spec": "spec"}\n[1]\n', b"\xff\n"):
+        path.write_bytes(data)
+        assert read_journal(path, "spec") == ({}, {})
+    assert Journal(path, "spec").rows == {}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30min", 1800), ("90s", 90), ("2h", 7200), ("1.5", 90), ("3 m", 180)])
+def test_times(text: str, seconds: float) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3min", "soon", "1e9h", "3 weeks", "inf"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(UsageError, match="not a time"):
+        parse_time(text)
+
+
+def test_the_file_is_json_of_the_schema(measured: Sensitivities) -> None:
+    again = sensitivity.parse(json.loads(json.dumps(measured.to_json())), "s.json")
+    assert again.to_json() == measured.to_json()
+
+
+def test_what_is_shown(measured: Sensitivities, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joint = Joint(name="joint 0", types={"token_embd.weight": KIND}, kld=0.1, error=0.01, n=4)
+    console = Console(file=(shown := io.StringIO()), width=200)
+    show_sensitivities(console, measured.model_copy(update={"joint": [joint]}), tmp_path / "s.json")
+    for word in ("5 groups", "token_embd.weight", KIND, "joint 0", "note:"):
+        assert word in shown.getvalue()
+    with MeasureBar("measuring m") as bar:
+        bar._last_line -= 1000
+        bar(MeasureProgress("probes", 3, 9, 1, 100, 12.0))
+    assert "probes: 3 of 9 (1 from an earlier run), ETA 12 s" in capsys.readouterr().err
