@@ -1,0 +1,147 @@
+"""The programs that can serve a model: llama-server where it is found, else the bindings' server; and their options.
+
+llama-server's options are read from its own --help, since their names change between builds; what it does not list is
+not passed, and the caller is told. Keys go through the environment, never through the command line.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from apex_quant.errors import ResourceError
+from apex_quant.evaluation.programs import clean_environment
+from apex_quant.evaluation.server import Found, find_server
+from apex_quant.gguf.types import TYPES
+from apex_quant.runtime.options import CACHE_TYPES
+
+KEY_VARIABLE: Final = "LLAMA_API_KEY"
+"""Of both kinds; several keys are separated by commas, as llama-server does."""
+_HELP_SECONDS: Final = 30.0
+_DEVICE: Final = re.compile(r"^\s+(\w+): (.*?) \((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
+_TYPES: Final = re.compile(r"--cache-type-k.*?allowed values:\s*([\w, \n]+?)(?:\(|\n\s*\n|\n\s*-)", re.DOTALL)
+_FLAG: Final = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+MODULE: Final = "apex_quant.serving.bindings_server"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to serve and how. `ctx`: tokens of each of `parallel` requests."""
+
+    model: Path
+    host: str
+    port: int
+    alias: str
+    ctx: int
+    parallel: int
+    type_k: str
+    type_v: str
+    gpu_layers: int
+    cpu_moe: int = 0
+    threads: int | None = None
+    sampling: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as the backend itself sees it. Bytes."""
+
+    name: str
+    words: str
+    total: int
+    free: int
+
+
+def ask(found: Found, word: str) -> str:
+    """What a llama-server says to --help or --list-devices. Raises ResourceError when it does not run."""
+    try:
+        done = subprocess.run(
+            [*found.command, word], capture_output=True, text=True, timeout=_HELP_SECONDS, check=False,
+            stdin=subprocess.DEVNULL, env=clean_environment(prefixes=("LLAMA_ARG_",)), errors="replace",
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ResourceError(f"{found.command[0]}: does not run: {error}") from None
+    return done.stdout + "\n" + done.stderr
+
+
+def flags(help_text: str) -> frozenset[str]:
+    """Every option that a --help names."""
+    return frozenset(_FLAG.findall(help_text))
+
+
+def cache_types(help_text: str) -> tuple[str, ...]:
+    """Cache types that a llama-server's --help lists; empty when it lists none. Forks list turbo types here."""
+    match = _TYPES.search(help_text)
+    return tuple(word.strip() for word in match[1].replace("\n", " ").split(",") if word.strip()) if match else ()
+
+
+def devices(found: Found) -> tuple[Device, ...]:
+    """GPUs of the backend, none where it has none."""
+    if found.kind == "llama-server":
+        text = ask(found, "--list-devices")
+    else:
+        text = ask(Found(found.kind, (sys.executable, "-m", MODULE)), "--list-devices")
+    return tuple(
+        Device(name, words, int(total) << 20, int(free) << 20) for name, words, total, free in _DEVICE.findall(text)
+    )
+
+
+def command(found: Found, launch: Launch, known: frozenset[str] | None = None) -> tuple[list[str], list[str]]:
+    """The whole command line, and what this build has no option for. `known`: flags() of its --help.
+
+    Raises ResourceError for what cannot be left out: cache types and experts in main memory.
+    """
+    if found.kind == "llama-server":
+        return _llama_server(found, launch, known)
+    return _bindings(launch), ([] if launch.parallel == 1 else ["parallel requests: one after another"])
+
+
+def _llama_server(found: Found, launch: Launch, known: frozenset[str] | None) -> tuple[list[str], list[str]]:
+    quantized = TYPES[launch.type_v.upper()].is_quantized if launch.type_v.upper() in TYPES else True
+    needed: dict[str, Any] = {
+        "--model": launch.model, "--host": launch.host, "--port": launch.port, "--alias": launch.alias,
+        "--ctx-size": launch.ctx * launch.parallel, "--parallel": launch.parallel,
+        "--n-gpu-layers": launch.gpu_layers,
+        "--cache-type-k": launch.type_k if launch.type_k != "f16" else None,
+        "--cache-type-v": launch.type_v if launch.type_v != "f16" else None,
+        "--flash-attn": "on" if quantized else None,
+        "--n-cpu-moe": launch.cpu_moe or None,
+    }  # fmt: skip
+    wished: dict[str, Any] = {
+        "--threads": launch.threads, "--jinja": "", "--fit": "off", "--no-slots": "",
+        **{f"--{name.replace('_', '-')}": f"{value:g}" for name, value in launch.sampling.items()},
+    }  # fmt: skip
+    lacking = [flag for flag, value in needed.items() if value is not None and known is not None and flag not in known]
+    if lacking:
+        raise ResourceError(
+            f"{found.command[0]} has no option {', '.join(lacking)}", hint="a newer llama.cpp has; or set LLAMA_CPP_DIR"
+        )
+    skipped = [flag for flag, value in wished.items() if value is not None and known is not None and flag not in known]
+    words: list[str] = [*found.command]
+    for flag, value in {**needed, **wished}.items():
+        if value is not None and flag not in skipped:
+            words += [flag] if value == "" else [flag, str(value)]
+    return words, [flag for flag in skipped if flag not in ("--fit", "--no-slots")]
+
+
+def _bindings(launch: Launch) -> list[str]:
+    if launch.cpu_moe:
+        raise ResourceError("the bindings' server cannot keep experts in main memory", hint="use llama-server")
+    for name in (launch.type_k, launch.type_v):
+        if name not in CACHE_TYPES:
+            raise ResourceError(f"the bindings' library has no cache type {name}", hint="use a llama-server that has")
+    words: dict[str, Any] = {
+        "--model": launch.model, "--host": launch.host, "--port": launch.port, "--alias": launch.alias,
+        "--ctx": launch.ctx, "--type-k": launch.type_k, "--type-v": launch.type_v,
+        "--gpu-layers": launch.gpu_layers, "--threads": launch.threads,
+    }  # fmt: skip
+    given = (str(word) for pair in words.items() if pair[1] is not None for word in pair)
+    return [sys.executable, "-m", MODULE, *given]
+
+
+__all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "ask", "cache_types", "command", "devices", "find_server",
+           "flags"]  # fmt: skip

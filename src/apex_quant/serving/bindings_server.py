@@ -1,0 +1,310 @@
+"""The bindings' own OpenAI server, started as `python -m apex_quant.serving.bindings_server --model FILE ...`.
+
+Around llama_cpp.server's application: keys from the environment compared in constant time, errors in OpenAI's shape
+whatever goes wrong, a /health that answers while a request computes, bounded request bodies, no other endpoints.
+Sliding windows are kept short as llama-server does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+from apex_quant.gguf.types import TYPES
+
+MAX_BODY: Final = 64 << 20
+_OPEN: Final = ("/health", "/v1/health")
+_SERVED: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions")
+"""The bindings' others are not OpenAI's, or need a model of embeddings; detokenizing a wrong number ends them."""
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "not_found_error",
+                 413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+
+def error_body(status: int, message: str, kind: str | None = None) -> bytes:
+    """An error as OpenAI's API words it."""
+    kind = kind or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
+
+
+class Front:
+    """ASGI: what comes before the application and what becomes of its errors."""
+
+    def __init__(self, app: App, keys: tuple[str, ...], alias: str) -> None:
+        self._app, self._keys, self._alias = app, tuple(key.encode() for key in keys), alias
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if path in _OPEN:
+            await _answer(send, 200, b'{"status": "ok"}')
+            return
+        if path not in _SERVED:
+            await _answer(send, 404, error_body(404, "no such endpoint; there are " + ", ".join(_SERVED)))
+            return
+        if self._keys and not self._allowed(scope):
+            await _answer(send, 401, error_body(401, "this server needs a valid API key"))
+            return
+        if scope["method"] == "POST":
+            body, problem = await _body(receive, path, self._alias)
+            if problem is not None:
+                await _answer(send, problem[0], error_body(*problem))
+                return
+            receive = _replayed(body, receive)
+        await _told(self._app, scope, receive, send)
+
+    def _allowed(self, scope: MutableMapping[str, Any]) -> bool:
+        given = b""
+        for name, value in scope["headers"]:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                given = value[7:].strip()
+        return sum(hmac.compare_digest(given, key) for key in self._keys) > 0  # all of them, in equal time
+
+
+async def _body(receive: Receive, path: str, alias: str) -> tuple[bytes, tuple[int, str] | None]:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b"", (400, "the client went away")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > MAX_BODY:
+            return b"", (413, f"request bodies are at most {MAX_BODY >> 20} MiB")
+        parts.append(part)
+        if not message.get("more_body"):
+            break
+    body = b"".join(parts)
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        return b"", (400, f"the request body is not JSON: {error}")
+    if not isinstance(found, dict):
+        return b"", (400, "the request body must be a JSON object")
+    for wrong, words in (
+        (path.endswith("/chat/completions") and not _is_conversation(found.get("messages")),
+         "messages must be a list of objects"),
+        (isinstance(found.get("prompt"), list) and len(found["prompt"]) != 1, "prompt must be one text"),
+    ):  # fmt: skip
+        if wrong:
+            return b"", (400, words)
+    for one in found.get("messages", ()):
+        parts = one.get("content")
+        if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+            one["content"] = "".join(part["text"] for part in parts)  # templates of text models take no parts
+    # there is one model; without its name the answer would hold its path
+    return json.dumps({**found, "model": alias}).encode(), None
+
+
+def _is_conversation(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body again, then whatever comes (a disconnect)."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _told(app: App, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    """Run the application; a failure after a stream has begun becomes its last event, instead of silence."""
+    started = False
+    last: Message | None = None  # the end of a stream is kept back until it is known that it was its proper end
+
+    async def noted(message: Message) -> None:
+        nonlocal started, last
+        if message["type"] == "http.response.start":
+            started = True
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            last = message
+            return
+        await send(message)
+
+    try:
+        await app(scope, receive, _shaped(noted))
+    except Exception as failure:
+        error: BaseException = failure
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        status = 400 if isinstance(error, ValueError | TypeError | AssertionError) else 500
+        body = error_body(status, str(error) or type(error).__name__)
+        if not started:
+            await _answer(send, status, body)
+            return
+        if last is None or not last.get("body"):
+            last = {"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False}
+    if last is not None:
+        await send(last)
+
+
+def _shaped(send: Send) -> Send:
+    """Turns answers of status 400 and more that are not in OpenAI's shape into it."""
+    start: Message | None = None
+    parts: list[bytes] = []
+
+    async def shaped(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            start = message
+            return
+        if start is None or message["type"] != "http.response.body":
+            await send(message)
+            return
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            status, body = _reworded(start["status"], b"".join(parts))
+            await _answer(send, status, body)
+
+    return shaped
+
+
+def _reworded(status: int, body: bytes) -> tuple[int, bytes]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return status, error_body(status, body.decode("utf-8", "replace")[:500] or "failed")
+    error = found.get("error") if isinstance(found, dict) else None
+    if isinstance(error, dict) and "message" in error:
+        return status, body
+    detail = found.get("detail", found) if isinstance(found, dict) else found
+    return status, error_body(status, detail if isinstance(detail, str) else json.dumps(detail))
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
+    """The bindings' application with a loaded model, behind Front."""
+    import llama_cpp
+    from llama_cpp.server import app as module
+    from llama_cpp.server.errors import RouteErrorHandler
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    original = RouteErrorHandler.error_message_wrapper
+
+    def worded(self: Any, error: Exception, body: Any = None) -> Any:
+        if not (isinstance(error, ValueError | TypeError | AssertionError) or hasattr(error, "errors")):
+            return original(self, error, body)
+        # what the request is to blame for is no failure of the server
+        for pattern, answer in self.pattern_and_formatters.items() if body is not None else ():
+            if match := pattern.search(str(error)):
+                return answer(body, match)
+        errors = getattr(error, "errors", None)
+        text = json.dumps(errors(), default=str)[:2000] if callable(errors) else str(error)
+        return 400, {"message": text or "invalid request", "type": "invalid_request_error", "param": None,
+                     "code": None}  # fmt: skip
+
+    RouteErrorHandler.error_message_wrapper = worded
+    _refuse_bad_grammars(llama_cpp.llama_cpp)
+    # the bindings' settings have no field for it, and the library's own default keeps the whole context
+    defaults = llama_cpp.llama_cpp.llama_context_default_params
+
+    def short_windows() -> Any:
+        params = defaults()
+        params.swa_full = False
+        return params
+
+    llama_cpp.llama_cpp.llama_context_default_params = short_windows
+    # what the bindings call disabled is left to the library, as llama-server does: without flash attention the scores
+    # of a batch against the whole context would have to be held
+    llama_cpp.llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED = llama_cpp.llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+    settings = ModelSettings(
+        model=words.model, model_alias=words.alias, n_ctx=words.ctx, n_gpu_layers=words.gpu_layers,
+        type_k=TYPES[words.type_k.upper()].id, type_v=TYPES[words.type_v.upper()].id,
+        flash_attn=TYPES[words.type_v.upper()].is_quantized, logits_all=False, verbose=False,
+        **({} if words.threads is None else {"n_threads": words.threads, "n_threads_batch": words.threads}),
+    )  # fmt: skip
+    server = ServerSettings(host=words.host, port=words.port, api_key=None, interrupt_requests=False)
+    made = module.create_app(server_settings=server, model_settings=[settings])
+    return Front(made, keys, words.alias or "model")
+
+
+def _refuse_bad_grammars(lib: Any) -> None:
+    """The library answers a grammar that it cannot read with a null pointer, on which the bindings then crash."""
+    made = lib.llama_sampler_init_grammar
+
+    def checked(*arguments: Any) -> Any:
+        sampler = made(*arguments)
+        if not sampler:
+            raise ValueError("the grammar (of the request, or of its JSON schema) cannot be read")
+        return sampler
+
+    lib.llama_sampler_init_grammar = checked
+
+
+def list_devices() -> None:
+    """The library's devices, in the words of llama-server --list-devices."""
+    import ctypes
+
+    import llama_cpp
+
+    base = ctypes.CDLL(str(llama_cpp.llama_cpp._lib._name))
+    base.ggml_backend_dev_count.restype = ctypes.c_size_t
+    base.ggml_backend_dev_get.restype = ctypes.c_void_p
+    base.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
+        getattr(base, name).restype, getattr(base, name).argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_backend_dev_type.restype, base.ggml_backend_dev_type.argtypes = ctypes.c_int, [ctypes.c_void_p]
+    size = ctypes.POINTER(ctypes.c_size_t)
+    base.ggml_backend_dev_memory.restype = None
+    base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size, size]
+    llama_cpp.llama_cpp.llama_backend_init()
+    print("Available devices:")
+    for index in range(base.ggml_backend_dev_count()):
+        device = base.ggml_backend_dev_get(index)
+        if base.ggml_backend_dev_type(device) not in (1, 2):  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
+            continue
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name, words = (base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device))
+        print(f"  {name.decode()}: {words.decode()} ({total.value >> 20} MiB, {free.value >> 20} MiB free)")
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser(prog="bindings_server")
+    parser.add_argument("--list-devices", action="store_true")
+    parser.add_argument("--model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--alias")
+    parser.add_argument("--ctx", type=int, default=2048)
+    parser.add_argument("--type-k", default="f16")
+    parser.add_argument("--type-v", default="f16")
+    parser.add_argument("--gpu-layers", type=int, default=0)
+    parser.add_argument("--threads", type=int)
+    words = parser.parse_args(arguments)
+    if words.list_devices:
+        list_devices()
+        return
+    import uvicorn
+
+    # taken out at once: the settings classes read the environment too
+    keys = tuple(key for key in os.environ.pop("LLAMA_API_KEY", "").split(",") if key)
+    uvicorn.run(application(words, keys), host=words.host, port=words.port, log_level="warning", timeout_keep_alive=30)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

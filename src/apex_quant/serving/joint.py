@@ -1,0 +1,271 @@
+"""Is the next GiB better spent on weights or on the KV cache? From measured divergences, or not at all.
+
+The damage of a file and of a pair of cache types are both mean KLDs in nats per token: of the file from the full
+model, of the pair from an f16 cache of the same weights. Their sum is taken for the damage of both together; that the
+two add up is an assumption, stated in the answer and testable by `apex eval --type-k ... --reference ...`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from apex_quant.errors import ApexError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from apex_quant.evaluation.results import Results
+    from apex_quant.serving.fit import Fit, Option
+
+GIB: Final = 1 << 30
+_MAX_BYTES: Final = 64 << 20
+Verdict = Literal["weights", "kv", "neither_shown", "nothing_left"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A mean KLD in nats per token with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        """The wider half of the interval."""
+        return max(self.high - self.value, self.value - self.low)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One way to spend more memory: from -> to, `bytes` more, `gain` nats per token less, and that for each GiB."""
+
+    kind: Literal["weights", "kv"]
+    name: str
+    bytes: int
+    gain: float
+    low: float
+    high: float
+    paired: bool
+
+    @property
+    def per_gib(self) -> tuple[float, float, float]:
+        """Gain for each GiB with its interval."""
+        scale = GIB / self.bytes
+        return self.gain * scale, self.low * scale, self.high * scale
+
+    def to_json(self) -> dict[str, Any]:
+        value, low, high = self.per_gib
+        return {**asdict(self), "per_gib": {"value": value, "low": low, "high": high}}
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A file and a pair, with the sum of their damages. `shown_worse`: its whole interval is above the best one's."""
+
+    name: str
+    k: str
+    v: str
+    bytes: int
+    kld: Measured
+    shown_worse: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """The answer. `start`: where the next GiB would be spent from; `fitting`: what fits, best sum first."""
+
+    start: str
+    steps: tuple[Step, ...]
+    verdict: Verdict
+    sentence: str
+    fitting: tuple[Combination, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "start": self.start, "verdict": self.verdict, "sentence": self.sentence,
+            "steps": [step.to_json() for step in self.steps], "fitting": [one.to_json() for one in self.fitting],
+            "warnings": list(self.warnings),
+            "assumption": "the damages of weights and cache add up",
+        }  # fmt: skip
+
+
+def read_pairs(path: str | os.PathLike[str]) -> dict[tuple[str, str], Measured]:
+    """(K, V) -> mean KLD from a kv.json of `apex kv`, of the pairs that have an interval. f16/f16 is zero where it has
+    none: it is what the others are compared with. Raises InputError."""
+    measured = {pair: kld for pair, kld in _rows(Path(path)).items() if kld is not None}
+    return {("f16", "f16"): Measured(0.0, 0.0, 0.0)} | measured
+
+
+def _rows(path: Path) -> dict[tuple[str, str], Measured | None]:
+    """Every pair of the file, with None for those of which too little was measured for an interval."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path}: too large for a kv.json")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        rows = document["pairs"]
+        return {(str(row["k"]), str(row["v"])): _measured(row["kld_mean"]) for row in rows}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", hint="`apex kv MODEL -o kv.json` makes it") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a kv.json of `apex kv`: {type(error).__name__} {error}") from None
+
+
+def _measured(row: Any) -> Measured | None:
+    if row["value"] is not None and None in (row["low"], row["high"]):
+        return None
+    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"an interval of {low} to {high} around {value}")
+    return Measured(value, low, high)
+
+
+def weigh(fit: Fit, kv: str | os.PathLike[str], places: Sequence[str | os.PathLike[str]]) -> Joint:
+    """Weigh the steps up from the choice of `fit` (or from its smallest file with the smallest cache where nothing
+    fits). `places`: results of `apex eval` for the files, by name. Raises UsageError without results, InputError."""
+    from apex_quant.evaluation.results import find
+
+    if not places:
+        raise UsageError("weights can only be weighed with results of apex eval", hint="--results FOLDER")
+    pairs = read_pairs(kv)
+    results, _ = find([Path(place) for place in places])
+    by_file = {Path(one.model.path).name: one for one in results}
+    warnings = [
+        f"{k}/{v}: too little was measured for an interval (more --chunks of apex kv)"
+        for (k, v), kld in _rows(Path(kv)).items()
+        if kld is None and (k, v) != ("f16", "f16")
+    ]
+    files: dict[str, tuple[Results, Measured]] = {}
+    for option in fit.options:
+        result = by_file.get(option.path.name)
+        kld = None if result is None else _kld(result)
+        if result is None or kld is None:
+            warnings.append(f"{option.name}: no mean KLD with an interval among the results")
+        else:
+            files[option.name] = result, kld
+    options = [one for one in fit.options if one.name in files and (one.k, one.v) in pairs]
+    if not options:
+        raise InputError(
+            "none of these files has both results and measured cache types: " + "; ".join(warnings[:3]),
+            hint="an interval takes enough chunks: more --chunks of apex eval and apex kv",
+        )
+    fitting = _combinations([one for one in options if one.fits], files, pairs)
+    start = fit.choice if fit.choice in options else None
+    if start is None:
+        start = min(options, key=_total)
+    steps = [*_weights_steps(start, options, files), *_kv_steps(start, options, pairs)]
+    verdict, sentence = _verdict(start, steps)
+    return Joint(
+        f"{start.name} with {start.k}/{start.v}", tuple(steps), verdict, sentence, tuple(fitting),
+        tuple(dict.fromkeys(warnings)),
+    )  # fmt: skip
+
+
+def _kld(result: Results) -> Measured | None:
+    metric = result.metric("kld")
+    mean = getattr(metric, "mean", None)
+    if mean is None or None in (mean.value, mean.low, mean.high):
+        return None
+    return Measured(mean.value, mean.low, mean.high)
+
+
+def _total(option: Option) -> int:
+    return option.device.total + option.host.total
+
+
+def _memory(option: Option) -> int:
+    """Bytes of weights and cache, wherever they lie."""
+    return sum(side.weights + side.kv + side.recurrent for side in (option.device, option.host))
+
+
+def _combinations(
+    options: Sequence[Option], files: dict[str, tuple[Results, Measured]], pairs: dict[tuple[str, str], Measured]
+) -> list[Combination]:
+    rows = []
+    for one in options:
+        weight, cache = files[one.name][1], pairs[one.k, one.v]
+        half = math.hypot(weight.half, cache.half)
+        value = weight.value + cache.value
+        rows.append((one, Measured(value, value - half, value + half)))
+    rows.sort(key=lambda row: row[1].value)
+    best = rows[0][1] if rows else None
+    return [
+        Combination(one.name, one.k, one.v, _memory(one), kld, best is not None and kld.low > best.high)
+        for one, kld in rows
+    ]
+
+
+def _weights_steps(start: Option, options: Sequence[Option], files: dict[str, tuple[Results, Measured]]) -> list[Step]:
+    """To each larger file with the same cache types."""
+    found = []
+    for other in options:
+        more = _weight_bytes(other) - _weight_bytes(start)
+        if (other.k, other.v) != (start.k, start.v) or more <= 0:
+            continue
+        gain, low, high, paired = _difference(files[start.name], files[other.name])
+        found.append(Step("weights", other.name, more, gain, low, high, paired))
+    return found
+
+
+def _weight_bytes(option: Option) -> int:
+    return option.device.weights + option.host.weights
+
+
+def _difference(a: tuple[Results, Measured], b: tuple[Results, Measured]) -> tuple[float, float, float, bool]:
+    """a's KLD minus b's: paired on the same tokens where the numbers per token are there, else from the intervals."""
+    from apex_quant.evaluation.compare import compare
+
+    try:
+        pair = compare([a[0], b[0]], ["kld"])[0]
+    except ApexError:
+        pair = None
+    if pair is not None and pair.difference is not None and pair.low is not None and pair.high is not None:
+        return pair.difference, pair.low, pair.high, True
+    gain, half = a[1].value - b[1].value, math.hypot(a[1].half, b[1].half)
+    return gain, gain - half, gain + half, False
+
+
+def _kv_steps(start: Option, options: Sequence[Option], pairs: dict[tuple[str, str], Measured]) -> list[Step]:
+    """To each larger cache of the same file."""
+    found = []
+    here = pairs[start.k, start.v]
+    for other in options:
+        more = _memory(other) - _memory(start)
+        if other.name != start.name or more <= 0:
+            continue
+        there = pairs[other.k, other.v]
+        gain, half = here.value - there.value, math.hypot(here.half, there.half)
+        found.append(Step("kv", f"{other.k}/{other.v}", more, gain, gain - half, gain + half, False))
+    return found
+
+
+def _verdict(start: Option, steps: Sequence[Step]) -> tuple[Verdict, str]:
+    """The best step of each kind, by what each GiB buys; one is better only where the intervals do not meet."""
+    best = {
+        kind: max((step for step in steps if step.kind == kind), key=lambda step: step.per_gib[0], default=None)
+        for kind in ("weights", "kv")
+    }
+    weights, kv = best["weights"], best["kv"]
+    if weights is None and kv is None:
+        return "nothing_left", "There is no larger file and no larger cache among what was measured."
+    words = [
+        f"{'a larger file' if step.kind == 'weights' else 'a larger cache'} ({step.name}, {step.bytes / GIB:.3f} GiB "
+        f"more) takes {step.per_gib[0]:.3g} nats per token and GiB off ({step.per_gib[1]:.3g} to {step.per_gib[2]:.3g})"
+        for step in (weights, kv)
+        if step is not None
+    ]
+    told = f"From {start.name} with {start.k}/{start.v}: " + "; ".join(words)
+    first, second = (weights, kv) if kv is None or (weights and weights.per_gib[0] >= kv.per_gib[0]) else (kv, weights)
+    assert first is not None
+    above = 0.0 if second is None else max(second.per_gib[2], 0.0)
+    if first.per_gib[1] > above:
+        return first.kind, f"{told}. The next GiB is better spent on {'weights' if first is weights else 'the cache'}."
+    return "neither_shown", f"{told}. Which is better is not shown: the intervals meet, or include no gain."

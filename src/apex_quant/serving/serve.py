@@ -1,0 +1,320 @@
+"""`apex serve`: a model behind an OpenAI-compatible endpoint, with what fits this machine chosen and explained.
+
+with serve("models/", api_key_file=None) as service:
+    print(service.url, *service.plan.reasons, sep="\\n")
+    service.wait()
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from apex_quant.doctor import _memory
+from apex_quant.errors import ResourceError, UsageError
+from apex_quant.evaluation.programs import Log, Program, clean_environment
+from apex_quant.evaluation.server import Found, find_server
+from apex_quant.gguf import open_model
+from apex_quant.model.facts import facts
+from apex_quant.serving import backend
+from apex_quant.serving.access import bindable, is_loopback, reachable, read_keys
+from apex_quant.serving.fit import SAFE_PAIRS, Fit, Option, find_models, fit, shown_name
+
+AUTO_CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048, 1024)
+"""Tried from the longest; more than the first must be asked for."""
+START_SECONDS: Final = 900.0
+POLL_SECONDS: Final = 0.2
+"""Between two looks at the backend; its end is known after that."""
+_HOST_SHARE: Final = 0.9  # of the memory that is available now
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """What will be served and why. `ctx`: tokens of each of `parallel` requests at a time."""
+
+    model: Path
+    alias: str
+    backend: Found
+    ctx: int
+    parallel: int
+    type_k: str
+    type_v: str
+    gpu_layers: int
+    cpu_moe: int
+    sampling: dict[str, float]
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{key: value for key, value in asdict(self).items() if key not in ("model", "backend")},
+            "model": str(self.model), "backend": self.backend.kind, "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+        }  # fmt: skip
+
+
+def plan_service(
+    place: str | os.PathLike[str],
+    *,
+    ctx: int | str = "auto",
+    kv: str = "auto",
+    parallel: int | None = None,
+    vram: int | None = None,
+    ram: int | None = None,
+    alias: str | None = None,
+    server: str | os.PathLike[str] | None = None,
+) -> ServePlan:
+    """Choose file, context, cache types and placement. `kv`: auto, one type, or K/V; `vram`, `ram`: bytes, by default
+    what is free on this machine's devices and in its main memory.
+
+    Raises ResourceError when nothing fits or there is no server, InputError for files that are no models, UsageError.
+    """
+    files = find_models([place])
+    found = find_server(None if server is None else Path(server))
+    reasons = [
+        "llama-server at " + found.command[0]
+        if found.kind == "llama-server"
+        else "the bindings' server, since no llama-server is on PATH or in LLAMA_CPP_DIR; one request at a time"
+    ]
+    gpus = backend.devices(found)
+    if vram is None:
+        vram = sum(device.free for device in gpus)
+        reasons.append(
+            "; ".join(f"{device.name}: {device.words}, {device.free / 2**30:.1f} GiB free" for device in gpus)
+            or "no GPU that this server can use"
+        )
+    available = _memory()[1]
+    host = ram if ram is not None else None if available is None else round(available * _HOST_SHARE)
+    together = 1 if found.kind != "llama-server" else parallel or 1
+    if parallel is not None and parallel < 1:
+        raise UsageError("requests at a time: at least 1")
+    pairs = _pairs(kv)
+    listed: tuple[str, ...] = ()
+    if found.kind == "llama-server":
+        text = backend.ask(found, "--help")
+        listed = backend.cache_types(text)
+    if listed and (foreign := [name for pair in pairs for name in pair if name not in listed]):
+        raise UsageError(f"{found.command[0]} has no cache type {foreign[0]}", hint="it has " + ", ".join(listed))
+    best, answer, why = _search(files, ctx, pairs, vram, host, together, moe=found.kind == "llama-server")
+    reasons += why
+    with open_model(best.path) as model:
+        trained, sampling = facts(model).context_length, sampling_defaults(model)
+    if sampling:
+        reasons.append("sampling defaults of the model: " + ", ".join(f"{k} {v:g}" for k, v in sampling.items()))
+    warnings = list(answer.warnings)
+    if trained and answer.ctx > trained:
+        warnings.append(f"{best.name} was trained on {trained} tokens")
+    if parallel and together != parallel:
+        warnings.append("the bindings' server answers one request at a time")
+    if sampling and found.kind != "llama-server":
+        warnings.append("the bindings' server has defaults of its own for sampling: clients must send the model's")
+    return ServePlan(
+        model=best.path, alias=alias or best.name, backend=found, ctx=answer.ctx, parallel=together,
+        type_k=best.k, type_v=best.v, gpu_layers=best.placement.gpu_layers, cpu_moe=best.placement.cpu_moe,
+        sampling=sampling, reasons=tuple(reasons), warnings=tuple(dict.fromkeys(warnings)),
+    )  # fmt: skip
+
+
+def _pairs(kv: str) -> list[tuple[str, str]]:
+    if kv == "auto":
+        return list(SAFE_PAIRS)
+    k, _, v = kv.partition("/")
+    return [(k, v or k)]
+
+
+def _search(
+    files: Sequence[Path], ctx: int | str, pairs: Sequence[tuple[str, str]], vram: int, ram: int | None, parallel: int,
+    *, moe: bool,
+) -> tuple[Option, Fit, list[str]]:  # fmt: skip
+    """The first context for which something is wholly on the device; without one, that fits at all."""
+    with open_model(files[0]) as model:
+        trained = facts(model).context_length or AUTO_CONTEXTS[0]
+    if isinstance(ctx, str):
+        if ctx != "auto":
+            if not ctx.isdecimal() or int(ctx) < 1:
+                raise UsageError(f"a context of {ctx!r}: a number of tokens, or auto")
+            contexts = [int(ctx)]
+        else:
+            contexts = [min(AUTO_CONTEXTS[0], trained), *(one for one in AUTO_CONTEXTS[1:] if one < trained)]
+    else:
+        contexts = [ctx]
+    tried = []
+    for one in contexts:
+        answer = fit(files, vram=vram, ram=ram, ctx=one, parallel=parallel, pairs=pairs, offload_experts=moe)
+        tried.append(answer)
+        if answer.choice is not None and (answer.choice.all_on_device or not vram):
+            break
+    good = next((one for one in reversed(tried) if one.choice is not None and one.choice.all_on_device), None)
+    good = good or next((one for one in tried if one.choice is not None), None)
+    if good is None or good.choice is None:
+        raise ResourceError(f"{shown_name(files[0])}: {tried[-1].reason}", hint="`apex fit` shows every possibility")
+    best = good.choice
+    why = [
+        f"{best.name}: {good.reason}",
+        f"context of {good.ctx:,} tokens"
+        + (f" for each of {parallel} requests" if parallel > 1 else "")
+        + (" (asked for)" if ctx != "auto" else f", of {trained:,} that the model was trained on"),
+        f"KV cache {best.k}/{best.v}: {(best.device.kv + best.host.kv) / 2**20:,.1f} MiB"
+        + (f" and {(best.device.recurrent + best.host.recurrent) / 2**20:,.1f} MiB of states"
+           if best.device.recurrent + best.host.recurrent else ""),
+        f"{best.placement.words(best.layers)}: {best.device.total / 2**30:.2f} GiB on the device, "
+        f"{best.host.total / 2**30:.2f} GiB in main memory; compute buffers are {good.compute.source}",
+    ]  # fmt: skip
+    return best, good, why
+
+
+SAMPLING: Final = {"temp": "temp", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p",
+                   "penalty_repeat": "repeat-penalty"}  # fmt: skip
+"""general.sampling.* keys of a GGUF -> llama-server's options, as its own model loader reads them."""
+
+
+def sampling_defaults(model: Any) -> dict[str, float]:
+    """The model maker's own sampling defaults, by llama-server's option names; empty where the file has none."""
+    found = {}
+    for key, option in SAMPLING.items():
+        value = model.get(f"general.sampling.{key}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[option] = float(value)
+    return found
+
+
+class Service:
+    """A server that answers; it ends with the block, and with this process."""
+
+    def __init__(self, plan: ServePlan, program: Program, host: str, port: int, keys: tuple[str, ...]) -> None:
+        self.plan, self.program, self.host, self.port = plan, program, host, port
+        self._key = keys[0] if keys else None
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{port}/v1"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it: it finishes what it does at the moment, or is killed after some seconds."""
+        self.program.stop()
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that lets a client in, empty without a key."""
+        return {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers now."""
+        if self.program.status is not None:
+            return False
+        connection = http.client.HTTPConnection(reachable(self.host), self.port, timeout=5)
+        try:
+            connection.request("GET", "/health", headers=self.authorization)
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def wait(self, pause: Callable[[float], None] = time.sleep) -> None:
+        """Until the backend ends, which is a ResourceError that says how; looked for every 0.2 s."""
+        while self.program.status is None:
+            pause(POLL_SECONDS)
+        status = self.program.wait()
+        raise ResourceError(
+            f"{self.plan.backend.kind} ended with status {status}: {self.program.last()}",
+            hint="128 and more: a signal, such as 137 when the system ran out of memory",
+        )
+
+
+def serve(
+    place: str | os.PathLike[str],
+    *,
+    ctx: int | str = "auto",
+    kv: str = "auto",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    api_key_file: str | os.PathLike[str] | None = None,
+    parallel: int | None = None,
+    vram: int | None = None,
+    ram: int | None = None,
+    alias: str | None = None,
+    threads: int | None = None,
+    server: str | os.PathLike[str] | None = None,
+    plan: ServePlan | None = None,
+    log: Log | None = None,
+    deadline: float = START_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Service:
+    """Start a server for the model or the best of a folder, and wait until it answers. `port` 0: any free one.
+
+    Raises UsageError for an address that others can reach without `api_key_file`, ResourceError when nothing fits,
+    the port is taken or the server does not come up, and what plan_service() raises.
+    """
+    keys = read_keys(api_key_file) if api_key_file is not None else ()
+    if not keys and not is_loopback(host):
+        raise UsageError(
+            f"{host} can be reached by others, and there is no key", hint="--api-key-file FILE, or --host 127.0.0.1"
+        )
+    port = bindable(host, port)
+    chosen = plan or plan_service(
+        place, ctx=ctx, kv=kv, parallel=parallel, vram=vram, ram=ram, alias=alias, server=server
+    )
+    launch = backend.Launch(
+        model=chosen.model.absolute(), host=host, port=port, alias=chosen.alias, ctx=chosen.ctx,
+        parallel=chosen.parallel, type_k=chosen.type_k, type_v=chosen.type_v, gpu_layers=chosen.gpu_layers,
+        cpu_moe=chosen.cpu_moe, threads=threads, sampling=chosen.sampling,
+    )  # fmt: skip
+    known = (
+        backend.flags(backend.ask(chosen.backend, "--help")) or None if chosen.backend.kind == "llama-server" else None
+    )
+    command, skipped = backend.command(chosen.backend, launch, known)
+    if skipped:
+        chosen = replace(chosen, warnings=(*chosen.warnings, "this server has no: " + ", ".join(skipped)))
+    # neither may change what was chosen: llama-server reads LLAMA_ARG_..., the bindings' settings read bare names
+    env = clean_environment(
+        drop=("HOST", "PORT", "API_KEY", "MODEL", "CONFIG_FILE", "CACHE"), prefixes=("LLAMA_ARG_",),
+        **({backend.KEY_VARIABLE: ",".join(keys)} if keys else {}),
+    )  # fmt: skip
+    if not keys:
+        env.pop(backend.KEY_VARIABLE, None)
+    env.setdefault("GGML_NO_BACKTRACE", "1")  # a debugger that looks at a dead server keeps it from being noticed
+    if chosen.backend.kind != "llama-server":
+        root = str(Path(__file__).resolve().parents[2])
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
+    program = Program(chosen.backend.kind, command, env=env, log=log)
+    service = Service(chosen, program, host, port, keys)
+    try:
+        _wait_until_healthy(service, deadline, clock)
+    except BaseException:
+        service.stop()
+        raise
+    return service
+
+
+def _wait_until_healthy(service: Service, deadline: float, clock: Callable[[], float]) -> None:
+    end = clock() + deadline
+    while not service.healthy:
+        if service.program.status is not None:
+            status = service.program.wait()
+            raise ResourceError(
+                f"{service.plan.backend.kind} ended with status {status} before it served "
+                f"{service.plan.model.name}: {service.program.last()}",
+                hint="a smaller --ctx needs less memory; --verbose shows its log",
+            )
+        if clock() >= end:
+            raise ResourceError(
+                f"{service.plan.backend.kind} did not answer within {deadline:g} s: {service.program.last()}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+__all__ = ["ServePlan", "Service", "is_loopback", "plan_service", "read_keys", "sampling_defaults", "serve"]

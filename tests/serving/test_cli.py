@@ -1,0 +1,100 @@
+"""The commands: documents, tables, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apex_quant import embedded_model
+from apex_quant.cli import main
+from tests.helpers.cli import PACKAGE_ROOT
+from tests.serving.standin import standin
+
+MODEL = str(embedded_model())
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, captured.out, captured.err
+
+
+def test_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "fit", MODEL, "--vram", "2GiB", "--ctx", 2048, "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["choice"]["placement"]["gpu_layers"] == 13
+    assert {"options", "reason", "compute", "warnings", "joint"} <= set(found)
+    status, out, _ = call(capsys, "fit", MODEL, "--vram", "0", "--ram", "1GB", "--ctx", 2048)
+    assert status == 0
+    assert "apex-tiny-moe" in out
+    assert "llama-server -m" in out
+    assert call(capsys, "fit", MODEL, "--vram", "lots")[0] == 2
+    assert call(capsys, "fit", __file__, "--vram", "1GB")[0] == 3
+
+
+def test_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = call(capsys, "export", "ollama", MODEL, "-o", tmp_path, "--json")
+    assert status == 0
+    assert json.loads(out)["paths"] == [str(tmp_path / "Modelfile")]
+    status, _, err = call(capsys, "export", "ollama", MODEL, "-o", tmp_path)
+    assert status == 2
+    assert "--force" in err
+    assert call(capsys, "export", "nowhere", MODEL)[0] == 2
+
+
+def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = call(capsys, "serve", MODEL, "--host", "0.0.0.0")
+    assert status == 2
+    assert "no key" in err
+    assert call(capsys, "chat", MODEL, "--json")[0] == 2
+    assert call(capsys, "serve", tmp_path, "--server", standin(tmp_path / "bin"))[0] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_serve_until_it_is_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    program = standin(tmp_path)
+    env = {**os.environ, "PYTHONPATH": PACKAGE_ROOT if isinstance(PACKAGE_ROOT, str) else str(PACKAGE_ROOT)}
+    words = [sys.executable, "-m", "apex_quant", "serve", MODEL, "--port", "0", "--server", str(program), "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        found: Any = None
+        while found is None:
+            line = process.stdout.readline()
+            assert line, process.communicate()
+            lines.append(line)
+            if line.startswith("}"):
+                found = json.loads("".join(lines))
+        assert found["plan"]["backend"] == "llama-server"
+        health = found["url"].removesuffix("/v1") + "/health"
+        with urllib.request.urlopen(health, timeout=30) as response:
+            assert response.status == 200
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopping" in err
+    with pytest.raises(OSError):
+        urllib.request.urlopen(health, timeout=5)
+
+
+@pytest.mark.slow
+def test_chat_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    status, out, _ = call(capsys, "chat", MODEL, "-m", "Hello", "--max-tokens", 5, "-j", 1, "--json")
+    assert status == 0
+    assert json.loads(out)["texts"][0]
+    status, out, _ = call(capsys, "chat", MODEL, "--vs", MODEL, "-m", "Hello", "--max-tokens", 5, "-j", 1)
+    assert status == 0
+    assert "the same answer" in out

@@ -1,0 +1,170 @@
+"""What fits: placements, contexts and choices against a plain search, and the library's own figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apex_quant import embedded_model
+from apex_quant.errors import GGUFError, InputError, NativeError, UsageError
+from apex_quant.gguf import open_model
+from apex_quant.gguf.tools import split
+from apex_quant.model.kv_cache import kv_cache
+from apex_quant.serving import fit as module
+from apex_quant.serving.fit import find_models, fit
+from apex_quant.serving.memory import MemoryQuestion, library_memory
+from tests.helpers.imatrix import random_imatrix
+from tests.helpers.random_models import write_random_gguf
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sizes of one model, and files that are none."""
+    made = tmp_path_factory.mktemp("tiers")
+    for kind in ("F32", "BF16", "Q8_0"):
+        write_random_gguf(made / f"m-{kind}.gguf", "qwen3moe", dtype=kind, sparse=True, metadata={"x.y": 1})
+    random_imatrix(made / "m-Q8_0.gguf").write(made / "m.imatrix.gguf")
+    (made / "notes.txt").write_text("no model")
+    return made
+
+
+_ASKS = ("test_the_embedded_model_in_main_memory", "test_without_the_library")
+
+
+@pytest.fixture(autouse=True)
+def _by_the_formula(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute buffers without the library, where it is not what is tested."""
+
+    def refuse(*words: object, **more: object) -> None:
+        raise NativeError("no library")
+
+    if request.node.name not in _ASKS:
+        monkeypatch.setattr(module, "library_memory", refuse)
+
+
+def test_the_embedded_model_in_main_memory() -> None:
+    found = fit(embedded_model(), vram=0, ctx=2000, type_k="q8_0", type_v="q5_1")
+    (option,) = found.options
+    (told,) = library_memory(embedded_model(), [MemoryQuestion(2000, "q8_0", "q5_1")])
+    assert found.choice is option
+    assert (option.k, option.v) == ("q8_0", "q5_1")
+    assert (option.host.kv + option.host.recurrent) / MIB == pytest.approx(told.kv_mib, abs=0.02)
+    assert option.host.compute == told.compute_bytes
+    assert found.compute.error == 0
+    assert option.device.total == 0
+    assert json.dumps(found.to_json())
+
+
+def broken(folder: Path) -> Path:
+    made = folder / "broken"
+    made.mkdir(exist_ok=True)
+    (made / "m.gguf").write_bytes((folder / "m-Q8_0.gguf").read_bytes()[:500])
+    return made
+
+
+def test_choices_get_smaller_with_the_memory(folder: Path) -> None:
+    everything = fit(folder, vram=1 << 40, ctx=512)
+    assert everything.choice is not None
+    assert everything.choice.name == "m-F32"
+    assert (everything.choice.k, everything.choice.v) == ("f16", "f16")
+    assert {one.name for one in everything.options} == {"m-F32", "m-BF16", "m-Q8_0"}
+    assert all(one.ctx_left == 512 for one in everything.options)  # what it was trained on
+    sizes = {(one.name, one.k): one.device.total for one in everything.options}
+    tight = fit(folder, vram=sizes["m-BF16", "q8_0"], ctx=512, reserve=0)
+    assert tight.choice is not None
+    assert (tight.choice.name, tight.choice.k) == ("m-BF16", "q8_0")
+    assert tight.choice.all_on_device
+    offloaded = fit(folder, vram=sizes["m-Q8_0", "q4_0"] - 1, ctx=512, reserve=0)
+    assert offloaded.choice is not None
+    assert offloaded.choice.name == "m-Q8_0"
+    assert 0 < offloaded.choice.placement.cpu_moe <= 6
+    assert offloaded.choice.placement.gpu_layers == 7
+    assert offloaded.choice.device.total <= offloaded.vram
+    assert any("not checked" in line for line in offloaded.warnings)
+    with pytest.raises(GGUFError):  # a broken file in a folder is not passed over
+        fit(broken(folder), vram=MIB)
+    nothing = fit(folder, vram=MIB, ram=MIB, ctx=512)
+    assert nothing.choice is None
+    assert "nothing fits" in nothing.reason
+    assert not any(one.fits for one in nothing.options)
+
+
+def test_the_fewest_experts_leave_the_device(folder: Path) -> None:
+    """One layer less would not fit."""
+    from apex_quant.serving.offload import Placement, use, weights
+
+    whole = fit(folder / "m-BF16.gguf", vram=1 << 40, ctx=512, type_k="f16").options[0]
+    vram = whole.device.total - 700_000
+    found = fit(folder / "m-BF16.gguf", vram=vram, ctx=512, type_k="f16", reserve=0).options[0]
+    assert found.fits
+    with open_model(folder / "m-BF16.gguf") as model:
+        cache, where = kv_cache(model, ctx=512), weights(model)
+    fewer = use(where, cache, Placement(7, found.placement.cpu_moe - 1), found.device.compute, 0)[0]
+    assert found.device.total <= vram < fewer.total
+
+
+def test_the_longest_context_is_the_last_that_fits() -> None:
+    path = embedded_model()
+    short = fit(path, vram=1 << 40, ctx=512, type_k="f16", reserve=0).options[0]
+    vram = short.device.total + 100_000
+    found = fit(path, vram=vram, ctx=512, type_k="f16", reserve=0).options[0]
+    assert 512 <= found.ctx_left < short.ctx_left == 2048
+    for ctx, fits in ((found.ctx_left, True), (found.ctx_left + 256, False)):
+        again = fit(path, vram=vram, ctx=512, type_k="f16", reserve=0).options[0]
+        with open_model(path) as model:
+            more = kv_cache(model, ctx=ctx).bytes - kv_cache(model, ctx=512).bytes
+        # the compute buffer may grow too, so that only the cache alone is a bound on the side that does not fit
+        assert not fits or again.device.total + more <= vram
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: object, **more: object) -> None:
+        raise NativeError("no library")
+
+    told = fit(embedded_model(), vram=1 << 34, ctx=2048).compute
+    monkeypatch.setattr(module, "library_memory", refuse)
+    guessed = fit(embedded_model(), vram=1 << 34, ctx=2048).compute
+    assert "estimated" in guessed.source
+    assert guessed.error > 0
+    assert guessed.at(2048) == pytest.approx(told.at(2048), rel=2.0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen35moe", "gemma4", "deepseek2", "gpt-oss", "qwen3moe"])
+@pytest.mark.slow
+def test_the_formula_keeps_its_error(architecture: str, tmp_path: Path) -> None:
+    from apex_quant.model.facts import facts
+
+    path = write_random_gguf(tmp_path / "real.gguf", architecture, scale="real", sparse=True)
+    contexts = (4096, 32768, 131072)
+    told = library_memory(path, [MemoryQuestion(ctx, kind, kind) for kind in ("f16", "q8_0") for ctx in contexts])
+    with open_model(path) as model:
+        known = facts(model)
+        for ctx, one in zip(contexts * 2, told, strict=True):
+            assert module._formula(model, known, 512, ctx) == pytest.approx(one.compute_bytes, rel=module.FORMULA_ERROR)
+
+
+def test_files_and_shards(folder: Path, tmp_path: Path) -> None:
+    shards = split(folder / "m-BF16.gguf", tmp_path / "s", 1 << 20)
+    assert len(shards) > 2
+    assert find_models([tmp_path]) == [shards[0]]
+    whole, parts = (fit(path, vram=1 << 40, ctx=512).options[0] for path in (folder / "m-BF16.gguf", shards[0]))
+    assert whole.device == parts.device
+    assert parts.name == "s"
+    with pytest.raises(InputError, match="no models there"):
+        find_models([Path(__file__).parent])
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="q4_9"):
+        fit(folder, vram=1 << 30, type_k="q4_9")
+    latent = write_random_gguf(tmp_path / "mla.gguf", "deepseek2", sparse=True)
+    with pytest.raises(UsageError, match="latent"):
+        fit(latent, vram=1 << 34, type_k="q8_0", type_v="q4_0", ctx=512)
+    with pytest.raises(UsageError, match="negative"):
+        fit(folder, vram=-1)
+    found = fit(folder / "m-Q8_0.gguf", vram=1 << 34, ctx=4096)
+    assert any("trained on 512" in line for line in found.warnings)

@@ -1,0 +1,162 @@
+"""Weights or cache: verdicts from made-up measurements whose answer is known, intervals respected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from apex_quant.errors import InputError, UsageError
+from apex_quant.serving.fit import Fit, fit
+from apex_quant.serving.joint import Joint, read_pairs
+from tests.helpers.random_models import write_random_gguf
+
+KINDS = ("BF16", "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("joint")
+    for kind in KINDS:
+        write_random_gguf(made / f"m-{kind}.gguf", "qwen3moe", dtype=kind, sparse=True)  # type: ignore[arg-type]
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: object, **more: object) -> None:
+        raise InputError("not here")
+
+    monkeypatch.setattr("apex_quant.serving.fit.library_memory", refuse)
+
+
+def estimate(value: float, half: float) -> dict[str, float | int]:
+    return {"value": value, "low": value - half, "high": value + half, "n": 100}
+
+
+def write(folder: Path, weights: dict[str, tuple[float, float]], kv: dict[str, tuple[float, float]]) -> list[Path]:
+    """kv.json and results of each file."""
+    folder.mkdir(exist_ok=True)
+    pairs = [{"k": name, "v": name, "kld_mean": estimate(*value)} for name, value in kv.items()]
+    (folder / "kv.json").write_text(json.dumps({"pairs": pairs}))
+    for kind, value in weights.items():
+        document = {
+            "schema": "apex.results/1",
+            "model": {"path": f"m-{kind}.gguf"},
+            "metrics": {"kld": {"mean": estimate(*value)}},
+        }
+        (folder / f"{kind}.json").write_text(json.dumps(document))
+    return [folder / "kv.json", *(folder / f"{kind}.json" for kind in weights)]
+
+
+def ask(folder: Path, files: list[Path], vram: int) -> tuple[Fit, Joint]:
+    found = fit(folder, vram=vram, ctx=512, reserve=0, joint=files[0], results=files[1:])
+    assert isinstance(found.joint, Joint)
+    json.dumps(found.to_json())
+    return found, found.joint
+
+
+def tight(folder: Path, kind: str, cache: str) -> int:
+    """Memory in which that file just fits with that cache."""
+    (one,) = fit(folder / f"m-{kind}.gguf", vram=1 << 40, ctx=512, type_k=cache, reserve=0).options
+    return one.device.total
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv", "verdict"),
+    [
+        # the larger file costs about ten times the bytes of the larger cache
+        ({"BF16": (0.0, 0.0), "Q8_0": (0.5, 0.001)}, {"q8_0": (0.001, 0.0001)}, "weights"),
+        ({"BF16": (0.0, 0.0), "Q8_0": (0.01, 0.001)}, {"q8_0": (0.5, 0.01)}, "kv"),
+        ({"BF16": (0.0, 0.0), "Q8_0": (0.5, 0.6)}, {"q8_0": (0.001, 0.0001)}, "neither_shown"),
+        ({"BF16": (0.0, 0.0), "Q8_0": (0.01, 0.001)}, {"q8_0": (0.5, 0.6)}, "neither_shown"),
+    ],
+)
+def test_verdicts(folder: Path, tmp_path: Path, weights: Any, kv: Any, verdict: str) -> None:
+    found, joint = ask(folder, write(tmp_path / "r", weights, kv), tight(folder, "Q8_0", "q8_0"))
+    assert found.choice is not None
+    assert joint.start == "m-Q8_0 with q8_0/q8_0"
+    assert joint.verdict == verdict
+    by_kind = {step.kind: step for step in joint.steps}
+    assert by_kind["weights"].gain == pytest.approx(weights["Q8_0"][0])
+    assert by_kind["kv"].gain == pytest.approx(kv["q8_0"][0])
+    assert by_kind["weights"].bytes > by_kind["kv"].bytes > 0
+    value, low, high = by_kind["kv"].per_gib
+    assert low < value < high
+    assert value == pytest.approx(kv["q8_0"][0] * 2**30 / by_kind["kv"].bytes)
+    assert joint.sentence.startswith("From m-Q8_0 with q8_0/q8_0: ")
+
+
+def test_sums_of_what_fits(folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    _, joint = ask(folder, files, 1 << 40)
+    rows = [(one.name, one.k, one.kld.value, one.shown_worse) for one in joint.fitting]
+    assert rows == [
+        ("m-BF16", "f16", 0.0, False), ("m-BF16", "q8_0", 0.01, True), ("m-Q8_0", "f16", 0.03, True),
+        ("m-Q8_0", "q8_0", 0.04, True),
+    ]  # fmt: skip
+    assert joint.fitting[-1].kld.half == pytest.approx(0.005)  # independent: root of the sum of squares
+    assert joint.verdict == "nothing_left"
+
+
+def test_only_measured_pairs_are_weighed(folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", {"Q8_0": (0.03, 0.004)}, {"q4_0": (0.01, 0.003)})
+    found, joint = ask(folder, files, 1 << 40)
+    assert {(one.k, one.v) for one in found.options} == {("f16", "f16"), ("q4_0", "q4_0")}
+    assert any("m-BF16: no mean KLD" in line for line in joint.warnings)
+    assert {one.name for one in joint.fitting} == {"m-Q8_0"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"pairs": 5}', '{"pairs": [{"k": "f16"}]}', "[" * 10**5,
+     '{"pairs": [{"k": "a", "v": "b", "kld_mean": {"value": NaN, "low": 0, "high": 1}}]}',
+     '{"pairs": [{"k": "a", "v": "b", "kld_mean": {"value": 2, "low": 0, "high": 1}}]}'],
+)  # fmt: skip
+def test_files_that_are_no_kv_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "kv.json").write_text(text)
+    with pytest.raises(InputError, match=r"kv\.json"):
+        read_pairs(tmp_path / "kv.json")
+
+
+def test_what_is_needed(folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", {"BF16": (0.0, 0.0)}, {"q8_0": (0.01, 0.003)})
+    with pytest.raises(UsageError, match="results of apex eval"):
+        fit(folder, vram=1 << 40, ctx=512, joint=files[0])
+    with pytest.raises(InputError):
+        fit(folder, vram=1 << 40, ctx=512, joint=tmp_path / "none.json", results=files[1:])
+
+
+def test_pairs_without_an_interval_are_named(folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", {"Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    document = json.loads(files[0].read_text())
+    few = {"value": 0.1, "low": None, "high": None, "n": 2}
+    document["pairs"] += [{"k": kind, "v": kind, "kld_mean": few} for kind in ("f16", "q4_0")]
+    files[0].write_text(json.dumps(document))
+    assert set(read_pairs(files[0])) == {("f16", "f16"), ("q8_0", "q8_0")}
+    _, joint = ask(folder, files, 1 << 40)
+    assert [line for line in joint.warnings if "too little" in line] == [joint.warnings[0]]
+    assert joint.warnings[0].startswith("q4_0/q4_0")
+
+
+def test_differences_are_paired_where_they_can_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens on both sides give a narrower interval than the two intervals do."""
+    asked: list[list[str]] = []
+
+    def paired(results: Any, metrics: list[str]) -> list[Any]:
+        asked.append([one.name for one in results])
+        assert metrics == ["kld"]
+        return [SimpleNamespace(difference=0.5, low=0.45, high=0.55)]
+
+    monkeypatch.setattr("apex_quant.evaluation.compare.compare", paired)
+    files = write(tmp_path / "r", {"BF16": (0.0, 0.0), "Q8_0": (0.5, 0.6)}, {"q8_0": (0.001, 0.0001)})
+    _, joint = ask(folder, files, tight(folder, "Q8_0", "q8_0"))
+    (step,) = [step for step in joint.steps if step.kind == "weights"]
+    assert (step.gain, step.low, step.high, step.paired) == (0.5, 0.45, 0.55, True)
+    assert joint.verdict == "weights"  # not shown from the two intervals alone
+    assert asked == [["m-Q8_0", "m-BF16"]]
