@@ -23,8 +23,9 @@ from tests.cli.conftest import Call
 from tests.helpers.cli import PACKAGE_ROOT, Ran, apex
 
 COMMANDS = [
-    "quickstart", "doctor", "tiers", "inspect", "plan", "calibrate", "quantize", "verify", "diff", "split", "merge",
-    "eval", "reference", "compare", "results",
+    "quickstart", "doctor", "tiers", "inspect", "plan", "calibrate", "measure", "quantize", "verify", "diff", "split", "merge",
+    "eval", "reference", "compare", "results", "report", "card", "which", "fit", "kv", "serve", "export", "chat", "convert", "convert-mlx", "publish", "run", "status",
+    "optimize", "frontier",
 ]  # fmt: skip
 
 PLAN_KEYS = {"model", "tier", "total_bytes", "bpw", "tensors", "warnings"}
@@ -121,16 +122,22 @@ def test_quickstart(whole: bool, call: Call, tmp_path: Path, monkeypatch: pytest
     """As it is, which takes a minute or two, and with less text and fewer tiers."""
     tiers, tokens = published_tiers(), 8192
     if not whole:
-        tiers, tokens = tuple(tier for tier in tiers if tier.name in ("quality", "i-compact")), 1024
+        tiers, tokens = tuple(tier for tier in tiers if tier.name in ("quality", "i-quality")), 1024
         monkeypatch.setattr("apex_quant.cli.quickstart.TOKENS", tokens)
+        monkeypatch.setattr("apex_quant.cli.quickstart.CHUNKS", 1)
         monkeypatch.setattr("apex_quant.cli.quickstart.published_tiers", lambda: tiers)
     made = document(result := call("quickstart", tmp_path / "q", "--json"))
     assert [row["tier"] for row in made["outputs"]] == [tier.name for tier in tiers]
     assert made["imatrix"]["chunks"] == tokens // 512
     assert "5. Verify" in result.err
+    for row in made["outputs"]:
+        mean = row["metrics"]["kld"]["mean"]
+        assert 0 < mean["value"] < 1
+        assert (mean["low"] is None) != whole  # five chunks are too few for an interval
     text = call("quickstart", tmp_path / "q")
     assert text.status == 0
-    assert text.out.rstrip().splitlines()[-1].strip().startswith("apex quantize ")
+    assert text.out.rstrip().splitlines()[-1].strip().startswith("apex eval ")
+    assert "APEX-I-Quality" in text.out
 
 
 def test_recipe_files(call: Call, model: Path, tmp_path: Path) -> None:

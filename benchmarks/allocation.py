@@ -1,0 +1,267 @@
+"""Measured allocation against every tier and rival at no more bytes, on the held-out text; predictions against truth.
+
+    python benchmarks/allocation.py --work DIR --imatrix F --sensitivity F            # the table for RESULTS.md
+    python benchmarks/allocation.py --work DIR ... --rivals i-compact,micro --chunks 4 # some of it, quickly
+    python benchmarks/allocation.py --work DIR ... --random                            # rank correlation, errors
+
+For each tier and each llama.cpp mix: the measured allocation of at most its bytes; for the tiers also the hand recipe
+and allocation by error alone at the same size. All files are encoded with the same importance matrix in one pass over
+the model, measured on the same tokens of the held-out text (never seen by calibration, probes or validation) against
+one .apexref, and removed; what was measured is kept in --work, and the same command goes on from there.
+
+`--random`: 24 random recipes of equal size at three sizes and 40 that span 2 to 8 bits per weight, on the first chunks
+of the held-out text: Spearman's rank correlation of predicted and measured KLD, and relative errors. The same for
+error alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+import numpy as np  # noqa: E402
+
+import apex_quant  # noqa: E402
+from apex_quant.allocation import baselines  # noqa: E402
+from apex_quant.allocation.choices import make_space  # noqa: E402
+from apex_quant.allocation.constraints import Constraints  # noqa: E402
+from apex_quant.allocation.cost import CostModel  # noqa: E402
+from apex_quant.allocation.exchange import smoothed  # noqa: E402
+from apex_quant.allocation.inputs import sensitivities_of  # noqa: E402
+from apex_quant.allocation.space import Predicted, Space  # noqa: E402
+from apex_quant.allocation.validate import Candidate, Validator, best_of  # noqa: E402
+from apex_quant.evaluation import bootstrap  # noqa: E402
+from apex_quant.evaluation.compare import compare  # noqa: E402
+from apex_quant.evaluation.make_reference import make_reference  # noqa: E402
+from apex_quant.evaluation.statistics import DRAWS, LEVEL, MIN_CHUNKS  # noqa: E402
+from apex_quant.gguf import open_model  # noqa: E402
+from apex_quant.importance import Importance  # noqa: E402
+from apex_quant.recipe.planned import PlanOptions  # noqa: E402
+from apex_quant.runtime.options import SessionOptions  # noqa: E402
+
+TIERS = ("i-quality", "i-balanced", "i-compact", "mini", "nano", "micro")
+MIXES = ("Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ2_M")
+CTX = 512
+HEAD = """
+| recipe | bytes | predicted | mean KLD | 99 % | 99.9 % (ours minus it) | ours minus it | ours / it |
+|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="what was measured is kept here")
+    parser.add_argument("--model", type=Path, default=apex_quant.embedded_model())
+    parser.add_argument("--imatrix", type=Path, required=True)
+    parser.add_argument(
+        "--sensitivity", type=Path, help="of apex measure (default: measured and kept beside the model)"
+    )
+    parser.add_argument("--rivals", default=",".join((*TIERS, *MIXES)), help="tiers and mixes, with commas between")
+    parser.add_argument("--chunks", type=int, help=f"of each held-out text, of {CTX} tokens (default: all)")
+    parser.add_argument("--validate", action="store_true", help="measure near-optimal recipes on the probe text first")
+    parser.add_argument("--ours", default="optimum", help="optimum, smoothed, apart: without --validate")
+    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--count", type=int, default=24, help="random recipes of each size")
+    parser.add_argument("--spanning", type=int, default=40)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    with Bench(options) as bench:
+        document = bench.random() if options.random else bench.table()
+    (options.work / ("random.json" if options.random else "table.json")).write_text(
+        json.dumps(document, indent=1) + "\n"
+    )
+    if options.json:
+        print(json.dumps(document, indent=1))
+    return 0
+
+
+class Bench:
+    """The space, and two validators: one judges on held-out text, one chooses on the probe text."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.held = options, ExitStack()
+        self.session = SessionOptions(threads=options.threads)
+        self.model = self.held.enter_context(open_model(options.model))
+        matrix = self.held.enter_context(Importance.read(options.imatrix))
+        self.measured = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
+        costs = CostModel.from_sensitivities(self.measured)
+        self.space = make_space(self.model, costs, importance=matrix)
+        self.judge = self._validator(matrix, self._reference())
+        self.chooser = self._validator(matrix, None)
+        self.chooser.keep = False
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.held.close()
+
+    def _validator(self, matrix: Importance, reference: Path | None) -> Validator:
+        folder = self.options.work / ("heldout" if reference else "probe")
+        folder.mkdir(exist_ok=True)
+        return Validator(
+            self.model, folder, matrix, self.options.imatrix, PlanOptions(), reference=reference, session=self.session,
+            threads=self.options.threads, chunks=self.options.chunks if reference else None, keep=False,
+        )  # fmt: skip
+
+    def _reference(self) -> Path:
+        path: Path = self.options.work / f"heldout-{self.options.chunks or 'all'}.apexref"
+        if not path.exists():
+            say("reference")
+            make_reference(
+                self.model.path, path, ctx=CTX, chunks=self.options.chunks, scored="all", options=self.session
+            )
+        return path
+
+    def ours(self, target: int) -> tuple[str, Predicted]:
+        """The measured allocation of at most `target` bytes, and how it was chosen."""
+        made: dict[str, Predicted] = {"optimum": self.space.fit(target)}
+        made["smoothed"] = self._repredicted(smoothed(self.space), target)
+        made["apart"] = self._repredicted(self._apart(), target)
+        if not self.options.validate:
+            return self.options.ours, made[self.options.ours]
+        best, _ = best_of(self.chooser.measure(made))
+        return best.name, best.file
+
+    def _apart(self) -> Space:
+        return make_space(
+            self.model, self.space.costs, importance=self.space.importance, constraints=Constraints(equal=())
+        )
+
+    def _repredicted(self, space: Space, target: int) -> Predicted:
+        return self.space.predicted(space.fit(target).plan)
+
+    def table(self) -> dict[str, Any]:
+        """Each rival and ours at no more bytes."""
+        started, recipes, chosen = time.monotonic(), {}, {}
+        rivals = self.options.rivals.split(",")
+        for rival in rivals:
+            planned = baselines.tier_plan(self.space, rival)
+            size = planned.total_bytes
+            recipes[rival] = self.space.predicted(planned)
+            if rival in TIERS:
+                recipes[f"hand@{rival}"] = self.space.predicted(baselines.hand_recipe(self.space, size))
+                errors = baselines.error_only(self.space, self.measured, size)
+                recipes[f"error@{rival}"] = self.space.predicted(errors.plan)
+            chosen[rival], recipes[f"ours@{rival}"] = self.ours(size)
+            say(f"{rival}: {size} bytes, ours is the {chosen[rival]}")
+        found = dict(zip(recipes, self.judge.measure(recipes), strict=True))
+        rows = []
+        for rival in rivals:
+            mine = found[f"ours@{rival}"]
+            rows.append(row(f"ours ({chosen[rival]})", mine, None))
+            for name in (rival, f"hand@{rival}", f"error@{rival}"):
+                if name in found:
+                    rows.append(row(name, found[name], mine))
+        print(HEAD)
+        for one in rows:
+            print(one["line"])
+        return {"rows": rows, "seconds": time.monotonic() - started, "settings": {"ctx": CTX, **plain(self.options)}}
+
+    def random(self) -> dict[str, Any]:
+        """Predictions against truth over random recipes."""
+        errors = make_space(self.model, baselines.ErrorCosts.of(self.measured), importance=self.space.importance)
+        recipes: dict[str, Predicted] = {}
+        sizes = [baselines.tier_plan(self.space, tier).total_bytes for tier in ("i-balanced", "i-compact", "micro")]
+        for size in sizes:
+            for number in range(self.options.count):
+                planned = baselines.random_recipe(self.space, size, seed=number)
+                recipes[f"{size}/{number}"] = self.space.predicted(planned)
+        for number, size in enumerate(baselines.random_sizes(self.space, self.options.spanning, seed=0)):
+            planned = baselines.random_recipe(self.space, size, seed=1000 + number, spread=1.0)
+            recipes[f"span/{number}"] = self.space.predicted(planned)
+        say(f"{len(recipes)} recipes")
+        found = dict(zip(recipes, self.judge.measure(recipes), strict=True))
+        document: dict[str, Any] = {"recipes": {name: one.to_json() for name, one in found.items()}}
+        for group in [*map(str, sizes), "span"]:
+            mine = [one for name, one in found.items() if name.startswith(f"{group}/")]
+            if len(mine) < 3:
+                continue
+            true = [one.value for one in mine]
+            predicted = [one.file.predicted for one in mine]
+            alone = [errors.predicted(one.file.plan).predicted for one in mine]
+            stats = {
+                "n": len(mine), "rank": spearman(predicted, true), "rank_error_only": spearman(alone, true),
+                "median_ratio": float(np.median(np.divide(true, predicted))),
+            }  # fmt: skip
+            small = [(p, t) for p, t in zip(predicted, true, strict=True) if t < 0.3]
+            if small:
+                stats["below_0.3"] = len(small)
+                stats["median_relative_error_below_0.3"] = float(np.median([abs(p / t - 1) for p, t in small]))
+            document[group] = stats
+            print(group, json.dumps(stats))
+        return document
+
+
+def row(name: str, one: Candidate, mine: Candidate | None) -> dict[str, Any]:
+    """A line of the table. The difference is ours minus the rival's, paired on the same tokens."""
+    kld = one.results.metrics["kld"]
+    made = {"name": name, **one.to_json(), "p99": kld["p99"]}
+    difference, ratio = "", ""
+    if mine is not None:
+        pairs = compare([mine.results, one.results], ["kld", "p99_9"])
+        made["pairs"] = [pair.to_json() for pair in pairs]
+        difference = f"{pairs[0].difference:+.5f}" + (
+            f" [{pairs[0].low:+.5f}, {pairs[0].high:+.5f}]" if pairs[0].low is not None else ""
+        )
+        ratio = f"{mine.value / one.value - 1:+.1%}"
+        made["tail"] = tail(mine, one)
+    mean = kld["mean"]
+    interval = f" [{mean['low']:.5f}, {mean['high']:.5f}]" if mean["low"] is not None else ""
+    values = one.results.arrays()["kld/kld"]
+    made["p999_of_tokens"] = float(np.quantile(values, 0.999))
+    tails = f"{made['p999_of_tokens']:.3f}"
+    if mine is not None and made["tail"]["low"] is not None:
+        tails += f" ({made['tail']['value']:+.3f} [{made['tail']['low']:+.3f}, {made['tail']['high']:+.3f}])"
+    made["line"] = (
+        f"| {name} | {one.file.plan.total_bytes:,} | {one.file.predicted:.4f} | {mean['value']:.5f}{interval} | "
+        f"{kld['p99']:.3f} | {tails} | {difference} | {ratio} |"
+    )
+    return made
+
+
+def tail(mine: Candidate, one: Candidate) -> dict[str, float | None]:
+    """Difference of the 99.9 % KLD, ours minus the rival's, with its interval over chunks.
+
+    apex compare refuses it below 100,000 tokens, since so few lie beyond the quantile: read it with that in mind.
+    """
+    a, b = (each.results.arrays() for each in (mine, one))
+    if any(not np.array_equal(a[f"kld/{key}"], b[f"kld/{key}"]) for key in ("chunk_hash", "token")):
+        raise SystemExit(f"{mine.path} and {one.path} have other tokens")
+    x, y = (np.asarray(each["kld/kld"], np.float64) for each in (a, b))
+    block = np.unique(a["kld/chunk"], return_inverse=True)[1]
+    count = int(block.max()) + 1
+    value = float(np.quantile(x, 0.999) - np.quantile(y, 0.999))
+    if count < MIN_CHUNKS:
+        return {"value": value, "low": None, "high": None, "n": x.size}
+    drawn = [bootstrap.drawn_quantiles(each, block, count, 0.999, DRAWS, 0) for each in (x, y)]
+    low, high = bootstrap.order_statistics(drawn[0] - drawn[1], bootstrap.expanded(LEVEL, count))
+    return {"value": value, "low": low, "high": high, "n": x.size}
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The recipes to beat at equal bytes, and random ones of equal size.
+
+- every published tier and llama.cpp mix, as plan() makes them;
+- the hand recipe that quant makers publish for mixtures of experts: everything always active in Q8_0, ffn_down of the
+  routed experts one step above gate and up;
+- allocation by error alone: the sum over tensors of relative errors weighted with the importance matrix, which is
+  what the open proposal for llama.cpp minimises by a Lagrangian (github.com/ggml-org/llama.cpp, pull request 15550);
+  here it is solved exactly, which is at least as good by its own measure;
+- random recipes of one size, for rank correlations of predicted and measured KLD.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from apex_quant.allocation.choices import make_space
+from apex_quant.allocation.problem import Group
+from apex_quant.allocation.sensitivity import Sensitivities
+from apex_quant.allocation.space import Fitted, Space
+from apex_quant.errors import UsageError
+from apex_quant.gguf import TYPES, GGMLType
+from apex_quant.model import Role, classify
+from apex_quant.recipe.plan import plan
+from apex_quant.recipe.planned import Plan
+
+LADDER: Final = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
+"""Types by size, one step each, that the hand recipe walks."""
+ALWAYS: Final = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
+"""What the always active part gets: the first of these that leaves room for experts."""
+_PLAIN: Final = {"IQ1_S": "Q2_K", "IQ1_M": "Q2_K", "IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "Q2_K",
+                 "IQ3_XXS": "Q3_K"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ErrorCosts:
+    """Costs of error alone: relative weighted errors, every tensor alike."""
+
+    errors: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def of(cls, measured: Sensitivities) -> ErrorCosts:
+        return cls({name: {kind: one.weighted for kind, one in row.items()} for name, row in measured.errors.items()})
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        return list(self.errors)
+
+    def types(self, tensor: str) -> Sequence[str]:
+        return list(self.errors[tensor])
+
+    def cost(self, tensor: str, kind: str) -> float:
+        return self.errors[tensor][kind]
+
+    def corrected(self, total: float) -> float:
+        return total
+
+
+def tier_plan(space: Space, tier: str) -> Plan:
+    """The plan of a published tier or of a llama.cpp mix, with the space's importance matrix."""
+    return plan(space.model, tier, imatrix=space.importance)
+
+
+def error_only(space: Space, measured: Sensitivities, target: int) -> Fitted:
+    """The recipe of least summed relative weighted error of at most `target` bytes."""
+    errors = make_space(
+        space.model,
+        ErrorCosts.of(measured),
+        importance=space.importance,
+        constraints=replace(space.constraints, equal=()),
+        options=space.options,
+    )
+    return errors.fit(target)
+
+
+def hand_recipe(space: Space, target: int) -> Plan:
+    """Always active tensors in Q8_0, down one step above gate and up, as large as fits `target` bytes.
+
+    Where that is too large at any step, the always active part takes the next smaller type of ALWAYS. What is left is
+    spent on one step more for the experts of the outer layers, as such recipes are published. Raises UsageError where
+    even the smallest is too large.
+    """
+    for always in ALWAYS:
+        for step in reversed(range(len(LADDER) - 1)):
+            planned = space.plan(_hand_types(space, always, step, set()))
+            if planned.total_bytes <= target:
+                return _with_edges(space, always, step, target, planned)
+    raise UsageError(f"no hand recipe of this model has at most {target} bytes")
+
+
+def _with_edges(space: Space, always: str, step: int, target: int, best: Plan) -> Plan:
+    """`best` with one step more in as many outer layers as fit: 0, n-1, 1, n-2, ..."""
+    layers = sorted(_expert_layers(space))
+    order = [layer for pair in zip(layers, reversed(layers), strict=True) for layer in pair]
+    edges: set[int] = set()
+    for layer in dict.fromkeys(order):
+        edges.add(layer)
+        planned = space.plan(_hand_types(space, always, step, edges))
+        if planned.total_bytes > target:
+            break
+        best = planned
+    return best
+
+
+def _hand_types(space: Space, always: str, step: int, edges: set[int]) -> dict[str, GGMLType]:
+    types = {}
+    for group in space.groups:
+        for name in group.tensors:
+            role = classify(name, space.model.tensors[name].shape, space.model.architecture)
+            wanted = always
+            if role.role is Role.routed_expert:
+                place = step + (role.part == "ffn_down") + (role.layer in edges)
+                wanted = LADDER[min(place, len(LADDER) - 1)]
+            if wanted in _PLAIN and not _weighted(space, name):
+                wanted = _PLAIN[wanted]
+            types[name] = TYPES[wanted]
+    return types
+
+
+def _weighted(space: Space, name: str) -> bool:
+    return space.importance is not None and space.importance.fits(space.model.tensors[name])
+
+
+def _expert_layers(space: Space) -> set[int]:
+    roles = [
+        classify(name, space.model.tensors[name].shape, space.model.architecture)
+        for group in space.groups
+        for name in group.tensors
+    ]
+    return {role.layer for role in roles if role.role is Role.routed_expert and role.layer is not None}
+
+
+def random_recipe(space: Space, target: int, seed: int, *, spread: float = 1.5, tolerance: float = 2e-3) -> Plan:
+    """A random choice whose file has between (1 - tolerance) x target and target bytes.
+
+    Each group draws its bits per weight from a normal distribution of deviation `spread` around a level that makes
+    the sum right, and takes the nearest of its types; then single groups move until the size fits. Raises UsageError
+    where none is found.
+    """
+    chance = random.Random(seed)
+    groups = space.groups
+    noise = [chance.gauss(0, spread) for _ in groups]
+    low, high = -4.0, 20.0
+    picks = [0] * len(groups)
+    overhead = _planned(space, picks).total_bytes - _bytes(groups, picks)
+    for _ in range(40):
+        level = (low + high) / 2
+        picks = [_nearest(group, level + shift) for group, shift in zip(groups, noise, strict=True)]
+        low, high = (level, high) if _bytes(groups, picks) + overhead <= target else (low, level)
+    for _ in range(200 * len(groups)):
+        size = _bytes(groups, picks) + overhead
+        if (1 - tolerance) * target <= size <= target:
+            planned = _planned(space, picks)
+            if planned.total_bytes <= target:
+                return planned
+            overhead = planned.total_bytes - _bytes(groups, picks)
+        place = chance.randrange(len(groups))
+        pick = picks[place] + chance.choice((-1, 1))
+        if 0 <= pick < len(groups[place].options):
+            options = sorted(groups[place].options, key=lambda o: o.bytes)
+            moved = size + options[pick].bytes - options[picks[place]].bytes
+            if moved <= target or moved < size:
+                picks[place] = pick
+    raise UsageError(f"no random recipe of about {target} bytes was found")
+
+
+def _nearest(group: Group, bits: float) -> int:
+    """The place, by size, of the type nearest in bits per weight."""
+    options = sorted(group.options, key=lambda o: o.bytes)
+    return min(range(len(options)), key=lambda place: abs(options[place].type.bpw - bits))
+
+
+def _bytes(groups: Sequence[Group], picks: Sequence[int]) -> int:
+    return sum(sorted(o.bytes for o in group.options)[pick] for group, pick in zip(groups, picks, strict=True))
+
+
+def _planned(space: Space, picks: Sequence[int]) -> Plan:
+    types = {
+        name: sorted(group.options, key=lambda o: o.bytes)[pick].type
+        for group, pick in zip(space.groups, picks, strict=True)
+        for name in group.tensors
+    }
+    return space.plan(types)
+
+
+def random_sizes(space: Space, count: int, seed: int, *, least: float = 2.0, most: float = 8.0) -> list[int]:
+    """Targets spread evenly over bits per weight of the whole file, from `least` to `most` as far as there are any."""
+    weights = sum(info.n_elements for info in space.model.tensors.values())
+    smallest, largest = (8 * size / weights for size in space.bounds())
+    low, high = max(least, smallest * 1.02), min(most, largest * 0.98)
+    chance = random.Random(seed)
+    steps = [(place + chance.random()) / count for place in range(count)]
+    return [math.floor((low + (high - low) * step) * weights / 8) for step in steps]

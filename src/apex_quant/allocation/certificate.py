@@ -1,0 +1,174 @@
+"""The certificate of an allocation: everything that is needed to repeat it, and to check it without the solver.
+
+It names the model, the sensitivities, the importance matrix and the texts by hash, says what was asked and under which
+constraints, and has for each group the bytes and cost of every option, the one that was taken, and a price of a byte.
+From these alone `check` recomputes bytes and cost, and the Lagrangian bound: for any price p >= 0, no choice of at most
+B bytes costs less than sum over groups of min (cost + p x bytes) - p x B (Everett 1963).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from apex_quant.allocation.problem import Group, Option, lagrangian_bound
+from apex_quant.allocation.sensitivity import Sensitivities
+from apex_quant.allocation.space import Fitted, Space
+from apex_quant.errors import InputError
+from apex_quant.evaluation.identity import sampled
+from apex_quant.evaluation.pertoken import read_bounded
+from apex_quant.gguf import TYPES
+from apex_quant.gguf.writer import AtomicFile
+from apex_quant.native import library_info
+from apex_quant.text import builtin, heldout, render
+from apex_quant.text.corpus import probe
+from apex_quant.text.overlap import WORDS, overlap
+from apex_quant.version import VERSION
+
+SCHEMA: Final = "apex.allocation/1"
+MAX_BYTES: Final = 256 << 20
+
+
+def certificate(
+    space: Space,
+    fitted: Fitted,
+    *,
+    target: dict[str, Any],
+    sensitivities: Sensitivities | None,
+    candidates: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The document of one allocation."""
+    solution, importance = fitted.solution, space.importance
+    limit = _limit(space, fitted, target)
+    return {
+        "schema": SCHEMA,
+        "apex": VERSION,
+        "library": library_info().version,
+        "model": {"name": space.model.path.name, "samples_sha256": sampled(space.model)},
+        "imatrix_sha256": importance.sha256 if importance is not None else None,
+        "sensitivity": _sensitivity(sensitivities),
+        "texts": _texts(sensitivities),
+        "target": target,
+        "constraints": space.constraints.to_json(),
+        "recipe": fitted.plan.recipe.to_json(),
+        "recipe_sha256": fitted.plan.recipe.sha256,
+        "total_bytes": fitted.plan.total_bytes,
+        "predicted_kld": fitted.predicted,
+        "proof": {
+            "byte_limit": limit,
+            "bytes": solution.bytes,
+            "cost": solution.cost,
+            "bound": solution.bound,
+            "gap": solution.gap,
+            "proved": solution.proved,
+            "price_per_byte": solution.price,
+            "lagrangian_bound": lagrangian_bound(space.groups, limit, solution.price),
+            "groups": [
+                {
+                    "tensors": list(group.tensors),
+                    "taken": group.options[pick].type.name,
+                    "options": [[o.type.name, o.bytes, o.cost] for o in group.options],
+                }
+                for group, pick in zip(space.groups, solution.picks, strict=True)
+            ],
+        },
+        "candidates": list(candidates),
+        "settings": settings,
+        "notes": list(space.notes),
+    }
+
+
+def check(document: dict[str, Any]) -> dict[str, Any]:
+    """Recompute what a certificate claims: {"bytes", "cost", "lagrangian_bound", "gap"}. Raises InputError.
+
+    The gap is that of the Lagrangian bound, which the solver's own may be better than.
+    """
+    try:
+        proof = document["proof"]
+        groups, picks = [], []
+        for row in proof["groups"]:
+            options = tuple(Option(TYPES[kind], int(size), float(cost)) for kind, size, cost in row["options"])
+            groups.append(Group(tuple(row["tensors"]), options))
+            picks.append(next(o for o in options if o.type.name == row["taken"]))
+        size, cost = sum(o.bytes for o in picks), math.fsum(o.cost for o in picks)
+        limit, price = int(proof["byte_limit"]), float(proof["price_per_byte"])
+        claimed = (int(proof["bytes"]), float(proof["cost"]), float(proof["bound"]))
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise InputError(f"not a certificate of an allocation: {type(error).__name__}: {error}") from None
+    if size != claimed[0] or size > limit:
+        raise InputError(f"the choice takes {size} bytes; claimed {claimed[0]}, limit {limit}")
+    if not math.isclose(cost, claimed[1], rel_tol=1e-9, abs_tol=1e-300):
+        raise InputError(f"the choice costs {cost:.9g}, claimed {claimed[1]:.9g}")
+    if price < 0 or claimed[2] > cost * (1 + 1e-9):
+        raise InputError(f"a bound of {claimed[2]:.9g} and a price of {price:.9g} cannot be")
+    bound = lagrangian_bound(groups, limit, price)
+    return {"bytes": size, "cost": cost, "lagrangian_bound": bound, "gap": (cost - bound) / cost if cost else 0.0}
+
+
+def save(document: dict[str, Any], path: Path) -> Path:
+    """Write it, whole or not at all. Raises ResourceError."""
+    file = AtomicFile(path)
+    try:
+        file.pwrite(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n", 0)
+        file.commit()
+    except BaseException:
+        file.abandon()
+        raise
+    return path
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a certificate. Raises InputError."""
+    text = read_bounded(Path(path), MAX_BYTES, "a certificate")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a whole JSON document: {str(error)[:200]}") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise InputError(f"{path}: not a certificate of an allocation: no schema {SCHEMA}")
+    return document
+
+
+def _limit(space: Space, fitted: Fitted, target: dict[str, Any]) -> int:
+    """Bytes that the groups may take: the target less everything else in the file."""
+    return int(target["bytes"]) - (fitted.plan.total_bytes - fitted.solution.bytes)
+
+
+def _sensitivity(measured: Sensitivities | None) -> dict[str, Any] | None:
+    if measured is None:
+        return None
+    said = json.dumps(measured.to_json(), sort_keys=True).encode()
+    return {
+        "sha256": hashlib.sha256(said).hexdigest(),
+        "text_sha256": measured.text.sha256,
+        "tokens": measured.text.tokens,
+        "settings": measured.settings,
+    }
+
+
+@functools.cache
+def shared_runs() -> dict[str, int]:
+    """How many runs of 13 words the built-in texts share."""
+    texts = {
+        name: [render(document, None) for document in documents]
+        for name, documents in (("probe", probe()), ("calibration", builtin()), ("heldout", heldout()))
+    }
+    pairs = (("probe", "calibration"), ("probe", "heldout"), ("calibration", "heldout"))
+    return {f"{a}_in_{b}": overlap(texts[a], texts[b]).shared for a, b in pairs}
+
+
+def _texts(measured: Sensitivities | None) -> dict[str, Any]:
+    """Which text was for what, and how many runs of 13 words they share: none, for the built-in ones."""
+    return {
+        "calibration": "builtin corpus, unless the importance matrix says otherwise",
+        "sensitivity": measured.text.name if measured is not None else None,
+        "validation": "probe",
+        "evaluation": "heldout (never read here but for this count)",
+        f"shared_runs_of_{WORDS}_words": dict(shared_runs()),
+    }

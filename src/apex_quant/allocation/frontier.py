@@ -1,0 +1,172 @@
+"""`frontier`: the least predicted KLD of every size, as a curve, and where the published tiers stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from apex_quant.allocation.choices import make_space
+from apex_quant.allocation.constraints import Constraints, as_types
+from apex_quant.allocation.cost import CostModel
+from apex_quant.allocation.inputs import sensitivities_of
+from apex_quant.allocation.sensitivity import Sensitivities
+from apex_quant.allocation.space import Space
+from apex_quant.errors import ApexError, UsageError
+from apex_quant.gguf import open_model
+from apex_quant.importance import Importance
+from apex_quant.recipe.metadata import display_name
+from apex_quant.recipe.plan import plan
+from apex_quant.recipe.tiers import published_tiers
+
+POINTS: Final = 24
+_FORMATS: Final = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size: bytes of the whole file, predicted mean KLD in nats, and nats that one more megabyte saves."""
+
+    target_bytes: int
+    total_bytes: int
+    bpw: float
+    predicted_kld: float
+    shadow_price: float
+    gap: float
+    types: Mapping[str, int]
+    """Tensor bytes by type."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "types": dict(self.types)}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points from the smallest file to the largest; `tiers` are the published ones, predicted by the same costs.
+
+    `needs_imatrix`: tiers that are left out for want of an importance matrix.
+    """
+
+    model: str
+    points: tuple[Point, ...]
+    tiers: tuple[dict[str, Any], ...]
+    left_out: tuple[str, ...]
+    plot: Path | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "points": [point.to_json() for point in self.points],
+            "tiers": list(self.tiers),
+            "left_out": list(self.left_out),
+            "plot": str(self.plot) if self.plot else None,
+            "notes": list(self.notes),
+        }
+
+
+def frontier(
+    model: str | Path,
+    *,
+    sensitivity: str | Path | Sensitivities | None = None,
+    imatrix: str | Path | None = None,
+    types: str | Sequence[str] | None = None,
+    minimum: Mapping[str, str] | None = None,
+    equal: Sequence[str] = ("gate_up",),
+    points: int = POINTS,
+    out: str | Path | None = None,
+) -> Frontier:
+    """The whole curve of size against least predicted KLD, at `points` sizes, evenly spread in bits per weight.
+
+    `out`: a plot (.png, .svg, .pdf). The other arguments are those of optimize(); predictions are not measurements,
+    and the ends of the curve are further from the truth than its middle (docs/method.md).
+    """
+    if points < 2:
+        raise UsageError(f"{points} points make no curve: at least 2")
+    if out is not None and Path(out).suffix.lower() not in _FORMATS:
+        raise UsageError(f"{out}: a plot ends in {', '.join(_FORMATS)}")
+    with ExitStack() as held:
+        opened = held.enter_context(open_model(model))
+        matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
+        measured = sensitivities_of(opened, sensitivity, imatrix)
+        costs = CostModel.from_sensitivities(measured)
+        constraints = Constraints(
+            types=as_types(list(types) if types is not None and not isinstance(types, str) else types),
+            minimum=dict(minimum or {}),
+            equal=tuple(equal),
+        )
+        space = make_space(opened, costs, importance=matrix, constraints=constraints)
+        smallest, largest = space.bounds()
+        sizes = [smallest + (largest - smallest) * place // (points - 1) for place in range(points)]
+        found = tuple(_point(space, size) for size in sizes)
+        tiers, left_out = _tiers(space)
+        made = Frontier(display_name(opened), found, tiers, left_out, Path(out) if out else None, space.notes)
+    if out is not None:
+        plot(made, Path(out))
+    return made
+
+
+def _point(space: Space, target: int) -> Point:
+    fitted = space.fit(target)
+    by_type: dict[str, int] = {}
+    for tensor in fitted.plan.tensors:
+        by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.nbytes
+    return Point(
+        target,
+        fitted.plan.total_bytes,
+        fitted.plan.bpw,
+        fitted.predicted,
+        space.price(fitted.solution) * 1e6,
+        fitted.solution.gap,
+        dict(sorted(by_type.items(), key=lambda item: -item[1])),
+    )
+
+
+def _tiers(space: Space) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+    """The published tiers at their own sizes, in the costs' own prediction."""
+    rows, left_out = [], []
+    for tier in published_tiers():
+        if tier.importance == "none" and space.importance is not None:
+            continue  # the costs are those of encoding with the matrix
+        try:
+            planned = plan(space.model, tier, imatrix=space.importance)
+            if planned.missing_importance or planned.needs_importance:
+                raise UsageError("needs an importance matrix")
+            predicted = space.predicted(planned).predicted
+        except ApexError as error:
+            left_out.append(f"{tier.name}: {error.message}")
+            continue
+        rows.append({"tier": tier.name, "total_bytes": planned.total_bytes, "predicted_kld": predicted})
+    return tuple(rows), tuple(left_out)
+
+
+def plot(made: Frontier, path: Path) -> None:
+    """Size against predicted KLD, logarithmic. Raises UsageError where it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = [point for point in made.points if point.predicted_kld > 0]
+    axes.plot([p.total_bytes / 1e6 for p in shown], [p.predicted_kld for p in shown], marker="o", ms=3,
+              label="measured allocation")  # fmt: skip
+    for row in made.tiers:
+        if row["predicted_kld"] > 0:
+            axes.plot(row["total_bytes"] / 1e6, row["predicted_kld"], "s", color="tab:orange")
+            axes.annotate(row["tier"], (row["total_bytes"] / 1e6, row["predicted_kld"]), xytext=(4, 4),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+    if made.tiers:
+        axes.plot([], [], "s", color="tab:orange", label="published tiers")
+    axes.set_yscale("log")
+    axes.set_xlabel("file size, MB (10^6 bytes)")
+    axes.set_ylabel("predicted mean KLD, nats per token")
+    axes.set_title(made.model)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None

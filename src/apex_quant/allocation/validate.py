@@ -1,0 +1,204 @@
+"""Whole files of candidate recipes, encoded in one pass and measured against the full-precision model.
+
+Costs of single tensors do not say all: they were measured one at a time and on finite text, and the least of many noisy
+sums is too low. So a few recipes are built and measured jointly, on text that neither calibrated nor will judge them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from apex_quant.allocation.space import Predicted
+from apex_quant.allocation.texts import read_texts
+from apex_quant.encode.job import EXECUTOR, JobProgress, run_job
+from apex_quant.encode.quantize import refuse_unsafe, usable_cpus
+from apex_quant.errors import ResourceError
+from apex_quant.evaluation import token_job
+from apex_quant.evaluation.compare import A_LOWER, Pair, compare
+from apex_quant.evaluation.evaluate import evaluate
+from apex_quant.evaluation.make_reference import make_reference
+from apex_quant.evaluation.results import Results, load
+from apex_quant.evaluation.token_job import EvaluationProgress
+from apex_quant.gguf import GGUFModel
+from apex_quant.importance import Importance
+from apex_quant.native import Child, library_info
+from apex_quant.recipe.planned import PlanOptions
+from apex_quant.runtime.options import SessionOptions
+
+CTX: Final = 256  # short, so that the probe text has the chunks that an interval takes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A measured recipe: `name` says how it was made, `path` is the encoded file, `results` what was measured."""
+
+    name: str
+    file: Predicted
+    path: Path
+    results: Results
+
+    @property
+    def kld(self) -> dict[str, Any]:
+        """{"value", "low", "high", "n"} of the mean KLD."""
+        return dict(self.results.metrics["kld"]["mean"])
+
+    @property
+    def value(self) -> float:
+        return float(self.kld["value"])
+
+    def to_json(self) -> dict[str, Any]:
+        file = self.file
+        return {
+            "name": self.name,
+            "recipe_sha256": file.plan.recipe.sha256,
+            "total_bytes": file.plan.total_bytes,
+            "predicted_kld": file.predicted,
+            "measured_kld": self.kld,
+            "p99_9": self.results.metrics["kld"].get("p99_9"),
+        }
+
+
+@dataclass
+class Validator:
+    """Encodes and measures recipes of one model in `folder`; what was measured there before is not measured again.
+
+    `reference`: a .apexref or GGUF, with its own text where it has one; None makes a .apexref of the model on the
+    probe text (or on `text`), in `folder`. `keep`: the encoded files, not only what was measured.
+    """
+
+    model: GGUFModel
+    folder: Path
+    importance: Importance | None
+    imatrix: Path | None
+    options: PlanOptions
+    reference: Path | None = None
+    text: Sequence[str | Path] | None = None
+    chunks: int | None = None
+    session: SessionOptions = field(default_factory=SessionOptions)
+    threads: int | None = None
+    encoding: Callable[[JobProgress], None] | None = None
+    measuring: Callable[[EvaluationProgress], None] | None = None
+    keep: bool = True
+    known: dict[str, Candidate] = field(default_factory=dict)
+
+    def measure(self, recipes: Mapping[str, Predicted]) -> list[Candidate]:
+        """Encode and measure; equal recipes once. Raises what quantize() and evaluate() raise."""
+        new: dict[str, Predicted] = {}
+        for name, file in recipes.items():
+            sha = file.plan.recipe.sha256
+            if sha not in self.known and all(sha != other.plan.recipe.sha256 for other in new.values()):
+                new[name] = file
+        paths = {name: self.folder / f"{file.plan.recipe.sha256[:16]}.gguf" for name, file in new.items()}
+        todo = {name: path for name, path in paths.items() if not self._measured(path)}
+        self.encode([(new[name], path) for name, path in todo.items()])
+        for name, path in paths.items():
+            self.known[new[name].plan.recipe.sha256] = Candidate(name, new[name], path, self._results(path))
+        if not self.keep:
+            self.drop([self.known[file.plan.recipe.sha256] for file in new.values()])
+        return [self.known[file.plan.recipe.sha256] for file in recipes.values()]
+
+    def encode(self, pairs: Sequence[tuple[Predicted, Path]]) -> None:
+        """All files in one pass over the model."""
+        if not pairs:
+            return
+        problem = library_info().problem
+        if problem:
+            raise ResourceError(f"{problem}, so nothing can be encoded", hint="--no-validate only solves")
+        for file, _ in pairs:
+            refuse_unsafe(file.plan, self.options, has_matrix=self.importance is not None)
+        threads = self.threads or usable_cpus()
+        with Child(EXECUTOR, single_blas=True) as child:
+            run_job(
+                self.model,
+                [(file.plan, path) for file, path in pairs],
+                imatrix=self.imatrix,
+                imatrix_sha256=self.importance.sha256 if self.importance else None,
+                threads=threads,
+                about={"command": sys.argv, "threads": threads},
+                progress=self.encoding,
+                child=child,
+            )
+
+    def drop(self, candidates: Sequence[Candidate]) -> None:
+        """Remove their files; what was measured stays."""
+        for candidate in candidates:
+            candidate.path.unlink(missing_ok=True)
+            candidate.path.with_name(candidate.path.name + ".journal").unlink(missing_ok=True)
+
+    def _key(self) -> str:
+        """What decides the measurement besides the file."""
+        said = [str(self.reference), [str(one) for one in self.text or ()], self.chunks]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
+
+    def _out(self, path: Path) -> Path:
+        return path.with_name(f"{path.stem}.{self._key()}.json")
+
+    def _measured(self, path: Path) -> bool:
+        return self._out(path).exists() and "kld" in load(self._out(path)).metrics
+
+    def _results(self, path: Path) -> Results:
+        out = self._out(path)
+        if self._measured(path):
+            return load(out)
+        reference, source = self._reference()
+        live = reference.suffix.lower() == ".gguf"
+        return evaluate(
+            path,
+            reference=reference,
+            source=source,
+            only=("kld",),
+            text=self._texts() if live else None,
+            ctx=CTX if live else token_job.CTX,  # a stored reference has its own
+            chunks=self.chunks if live else None,
+            scored="all" if live else "half",
+            out=out,
+            options=self.session,
+            progress=self.measuring,
+        )
+
+    def _reference(self) -> tuple[Path, Path | None]:
+        """(what to compare with, the model whose output matrix it needs)."""
+        if self.reference is not None:
+            return self.reference, None if self.reference.suffix.lower() == ".gguf" else self.model.path
+        made = self.folder / f"validation.{self._key()}.apexref"
+        if not made.exists():
+            make_reference(
+                self.model.path,
+                made,
+                text=self._texts(),
+                ctx=CTX,
+                chunks=self.chunks,
+                scored="all",
+                options=self.session,
+                progress=self.measuring,
+            )
+        return made, self.model.path
+
+    def _texts(self) -> list[Path]:
+        """The validation text as files: those given, or the built-in probe text."""
+        if self.text:
+            return [Path(one) for one in self.text]
+        paths = []
+        for one in read_texts(self.model, None).texts:
+            path = self.folder / f"probe-{one['name']}.txt"
+            path.write_text("".join(piece for piece, _ in one["pieces"]), encoding="utf-8")
+            paths.append(path)
+        return paths
+
+
+def best_of(candidates: Sequence[Candidate]) -> tuple[Candidate, list[Pair]]:
+    """The candidate of least measured KLD, and how each other one compares with it, on the same tokens."""
+    best = min(candidates, key=lambda one: one.value)
+    others = [one for one in candidates if one is not best]
+    return best, [compare([best.results, one.results], ["kld"])[0] for one in others]
+
+
+def shown_lower(candidate: Candidate, than: Candidate) -> bool:
+    """Whether the paired interval shows that `candidate` has the lower mean KLD."""
+    return candidate is not than and compare([candidate.results, than.results], ["kld"])[0].verdict == A_LOWER

@@ -1,0 +1,250 @@
+"""`apex optimize` and `apex frontier`: their options, their progress and what they show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from apex_quant.cli import safe
+from apex_quant.cli.evaluate import EvaluationBar, interval
+from apex_quant.cli.progress import JobBar
+from apex_quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from apex_quant.allocation.frontier import Frontier
+    from apex_quant.allocation.optimize import Optimized, OptimizeProgress
+
+_CONTEXT = re.compile(r"(\d{1,9})([km]?)", re.IGNORECASE | re.ASCII)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="the full-precision GGUF file, or any shard of one")]
+Sensitivity = Annotated[
+    Path | None,
+    typer.Option("--sensitivity", metavar="FILE", help="of apex measure (default: measured now, kept beside MODEL)"),
+]
+Imatrix = Annotated[Path | None, typer.Option("--imatrix", help="importance matrix, GGUF or .dat")]
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--types", metavar="TYPE,...", help="what tensors may become (default: K and IQ types, Q8_0)"),
+]
+Minimum = Annotated[
+    list[str] | None,
+    typer.Option("--minimum", metavar="ROLE=TYPE", help="no tensor of the role gets fewer bits: attention=Q4_K"),
+]
+Equal = Annotated[
+    str,
+    typer.Option("--equal", metavar="SIBLINGS,...", help="of one type in each layer: gate_up, qkv, ffn; '' for none"),
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+
+
+class OptimizeBar:
+    """A context manager; call it with each OptimizeProgress. Each step has the bar of the command it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> OptimizeBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(kind, error, trace)
+
+    def _close(self, *error: Any) -> None:
+        for bar in self._bars.values():
+            bar.__exit__(*(error or (None, None, None)))
+        self._bars.clear()
+
+    def __call__(self, event: OptimizeProgress) -> None:
+        if event.what not in self._bars:
+            self._close()  # one bar at a time holds the terminal
+            bar: Any = JobBar(f"encoding for {self.name}") if event.what == "encoding" else EvaluationBar(self.name)
+            self._bars[event.what] = bar.__enter__()
+        if event.event is not None:
+            self._bars[event.what](event.event)
+
+
+def optimize(
+    model: Model,
+    size: Annotated[str | None, typer.Option("--size", help="of the whole file at most: 12.2GB")] = None,
+    bpw: Annotated[float | None, typer.Option("--bpw", help="bits per weight over all tensors at most")] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="SIZE", help="memory for weights, cache and compute: 16GB")
+    ] = None,
+    ctx: Annotated[str, typer.Option("--ctx", help="tokens of context that --fit leaves room for: 32k")] = "8k",
+    kld: Annotated[float | None, typer.Option("--kld", help="the smallest file of this predicted mean KLD")] = None,
+    like_size: Annotated[
+        Path | None, typer.Option("--like-size", metavar="GGUF", help="at most as large as this file")
+    ] = None,
+    types: Types = None,
+    minimum: Minimum = None,
+    fixed: Annotated[
+        list[str] | None,
+        typer.Option("--fix", metavar="ROLE|REGEX=TYPE", help="decide these tensors beforehand: output=Q6_K"),
+    ] = None,
+    equal: Equal = "gate_up",
+    speed_aware: Annotated[
+        Path | None,
+        typer.Option("--speed-aware", metavar="TABLE.toml", help="times of types: a second budget"),
+    ] = None,
+    max_slowdown: Annotated[
+        float, typer.Option("--max-slowdown", help="times the table's reference type throughout")
+    ] = 1.0,
+    sensitivity: Sensitivity = None,
+    imatrix: Imatrix = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="the recipe (a tensor-type file, or .json); certificate beside it")
+    ] = Path("recipe.txt"),
+    quantize: Annotated[bool, typer.Option("--quantize", help="keep the encoded file beside the recipe")] = False,
+    no_validate: Annotated[bool, typer.Option("--no-validate", help="solve only: encode and measure nothing")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="exchanges measured when prediction is off")] = 4,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", metavar="REF", help="what to measure against (default: MODEL)")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="FILE", help="instead of the probe text; repeat"),
+    ] = None,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="at most so many chunks of each text")] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="DIR", help="keep encoded candidates and what was measured here")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("-j", "--threads", min=1, help="threads (default: all)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace existing files")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose every tensor's type by measurement, for any size, and prove how good the choice is."""
+    from apex_quant.allocation.constraints import minimums
+    from apex_quant.allocation.optimize import optimize as run
+    from apex_quant.cli.app import _console, _print_json, parse_size
+
+    with OptimizeBar(model.name) as bar:
+        made = run(
+            model,
+            size=parse_size(size) if size else None,
+            bpw=bpw,
+            fit=parse_size(fit) if fit else None,
+            ctx=parse_context(ctx),
+            kld=kld,
+            like_size=like_size,
+            types=types,
+            minimum=minimums(minimum or []),
+            fixed=minimums(fixed or []),
+            equal=siblings(equal),
+            speeds=speed_aware,
+            max_slowdown=max_slowdown,
+            sensitivity=sensitivity,
+            imatrix=imatrix,
+            out=out,
+            quantize=quantize,
+            validate=not no_validate,
+            steps=steps,
+            reference=reference,
+            text=text,
+            chunks=chunks,
+            work=work,
+            threads=threads,
+            force=force,
+            progress=bar,
+        )
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        show_optimized(_console(False), made)
+
+
+def frontier(
+    model: Model,
+    sensitivity: Sensitivity = None,
+    imatrix: Imatrix = None,
+    types: Types = None,
+    minimum: Minimum = None,
+    equal: Equal = "gate_up",
+    points: Annotated[int, typer.Option("--points", min=2, help="sizes on the curve")] = 24,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="the plot: .png, .svg or .pdf")] = None,
+    as_json: Json = False,
+) -> None:
+    """The least predicted KLD of every size, and the published tiers beside the curve."""
+    from apex_quant.allocation.constraints import minimums
+    from apex_quant.allocation.frontier import frontier as run
+    from apex_quant.cli.app import _console, _print_json
+
+    made = run(
+        model,
+        sensitivity=sensitivity,
+        imatrix=imatrix,
+        types=types,
+        minimum=minimums(minimum or []),
+        equal=siblings(equal),
+        points=points,
+        out=out,
+    )
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        show_frontier(_console(False), made)
+
+
+def parse_context(text: str) -> int:
+    """'32k' to 32768. Raises UsageError."""
+    found = _CONTEXT.fullmatch(text.strip())
+    tokens = int(found[1]) * 1024 ** " km".index(found[2].lower() or " ") if found else 0
+    if not 0 < tokens < 1 << 31:
+        raise UsageError(f"{text!r} is not a context; write 8192 or 32k")
+    return tokens
+
+
+def siblings(text: str) -> tuple[str, ...]:
+    """'gate_up,qkv' as a tuple."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+# --- shown ---
+
+
+def show_optimized(console: Console, made: Optimized) -> None:
+    """Size, what was predicted and measured, how far from optimal, and where it is."""
+    asked = f" of {made.target_bytes:,} asked" if made.target_bytes is not None else ""
+    console.print(f"{made.total_bytes:,} bytes{asked}, {made.bpw:.3f} bpw")
+    measured = made.measured_kld
+    line = f"mean KLD: predicted {made.predicted_kld:.4g}"
+    if measured:
+        line += f", measured {interval(measured)} on {measured['n']} tokens"
+    console.print(line)
+    proof = "proved optimal" if made.proved and made.gap <= 1e-6 else f"at most {made.gap:.2g} above the optimum"
+    console.print(f"of the predicted cost: {proof}; one more MB saves {made.shadow_price:.3g} nats")
+    if len(made.candidates) > 1:
+        table = Table("candidate", "bytes", "predicted", "measured", box=None)
+        for one in made.candidates:
+            cells = [f"{one['total_bytes']:,}", f"{one['predicted_kld']:.4g}", interval(one["measured_kld"])]
+            table.add_row(safe(one["name"]), *cells)
+        console.print(table)
+    for note in made.notes:
+        console.print(f"[yellow]note:[/] {safe(note)}")
+    for path in (made.recipe, made.certificate, made.output):
+        if path is not None:
+            console.print(f"[dim]{safe(str(path))}[/]")
+
+
+def show_frontier(console: Console, made: Frontier) -> None:
+    """The curve as a table."""
+    table = Table("MB", "bpw", "predicted KLD", "nats per MB", "types by bytes", box=None)
+    for point in made.points:
+        most = ", ".join(list(point.types)[:4])
+        cells = [f"{point.total_bytes / 1e6:.2f}", f"{point.bpw:.3f}", f"{point.predicted_kld:.4g}"]
+        table.add_row(*cells, f"{point.shadow_price:.3g}", most)
+    console.print(table)
+    for row in made.tiers:
+        console.print(f"tier {row['tier']}: {row['total_bytes'] / 1e6:.2f} MB, predicted {row['predicted_kld']:.4g}")
+    for line in (*made.left_out, *made.notes):
+        console.print(f"[yellow]note:[/] {safe(line)}")
+    if made.plot is not None:
+        console.print(f"[dim]{safe(str(made.plot))}[/]")

@@ -1,0 +1,237 @@
+"""`run`: the phases in order, each item only when something that decides it has changed.
+
+made = run("MODEL-BF16.gguf", tiers=["i-quality", "i-compact"], work="out")
+for file in made.files: print(file.tier, file.path, file.kld, file.quarantined)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apex_quant.errors import ApexError, ResourceError, UsageError
+from apex_quant.pipeline import disk
+from apex_quant.pipeline.config import PHASES as NAMES
+from apex_quant.pipeline.config import RunConfig, load_config
+from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
+from apex_quant.pipeline.estimate import estimate
+from apex_quant.pipeline.look import RESUMED, Look, look, look_at
+from apex_quant.pipeline.phases import Done, Item, Phase
+from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
+from apex_quant.pipeline.source_facts import SourceFacts, source_facts
+from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, now
+from apex_quant.pipeline.table import PHASES
+
+
+def run(
+    source: str | Path | RunConfig,
+    *,
+    yes: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Callable[[Any], None] | None = None,
+    **options: Any,
+) -> RunResult:
+    """Everything from a source to files that are verified, measured and, with `yes`, published.
+
+    `source`: a hub id, a checkpoint's folder, a GGUF, a YAML file, or a RunConfig; `options` are keys of the
+    configuration (docs/config.md): tiers=[...], work="DIR", evaluate={"suite": "none"}. The same call after an
+    interruption goes on where that stopped; with other options it redoes what they concern. `force` also runs the
+    selected phases where nothing changed. `dry_run` says what would run, and changes nothing. `progress` gets a
+    PhaseEvent for every line, and the progress of each step as its own function gives it.
+
+    Raises UsageError, InputError, ResourceError (BusyError while another run has the folder) or NativeError; all
+    that was finished is recorded. Files that failed their checks raise nothing: they are quarantined in the result.
+    """
+    config = configured(source, options)
+    if config.ray is not None:
+        raise ResourceError("this version runs on one machine: there is no Ray backend yet", hint="leave ray away")
+    work = config.work_folder.absolute()
+    selected = config.phases.selected()
+    tell = progress or (lambda event: None)
+    if dry_run:
+        context = Context(config, work, State(work).load(), tell, yes=yes)
+        looks = look(context, PHASES, selected, force=selected if force else ())
+        due = {one.phase.name: [item.name for item, _ in one.due] for one in looks if one.due}
+        estimates = estimate(config, recorded=_took(context), due=due) if due else []
+        runs = [PhaseRun.of(one) for one in looks]
+        return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates))
+    started = time.monotonic()
+    with exclusive(work):
+        for folder in FOLDERS:
+            (work / folder).mkdir(parents=True, exist_ok=True)
+        context = Context(config, work, State(work).load(), tell, yes=yes)
+        context.state.about |= {"source": config.source, "name": config.model_name, "config": config.to_json()}
+        runs = _Engine(context, selected, set(selected) if force else set()).run()
+        context.state.prune()
+        context.state.save()
+        return summarize(context, runs, time.monotonic() - started, dry_run=False)
+
+
+def configured(source: str | Path | RunConfig, options: dict[str, Any]) -> RunConfig:
+    """The configuration that a source and keys stand for. Raises UsageError or InputError."""
+    if isinstance(source, RunConfig):
+        if options:
+            raise UsageError("a RunConfig is complete: put the options into it")
+        return source
+    if str(source).lower().endswith((".yaml", ".yml")):
+        return load_config(source, options)
+    return load_config(None, {"source": str(source), **options})
+
+
+def _took(context: Context) -> dict[str, dict[str, float]]:
+    """Seconds by phase and item, as far as they are known."""
+    return {
+        phase: {name: record.seconds for name, record in items.items() if record.seconds > 0}
+        for phase, items in context.state.records.items()
+    }
+
+
+class _Engine:
+    """One run of the table."""
+
+    def __init__(self, context: Context, selected: Collection[str], force: set[str]) -> None:
+        assert tuple(phase.name for phase in PHASES) == NAMES
+        self.context, self.selected, self.force = context, selected, force
+        try:
+            self.facts: SourceFacts | None = source_facts(context.config, online=False)
+        except ApexError:  # the phase that meets it says so
+            self.facts = None
+
+    def run(self) -> list[PhaseRun]:
+        runs = []
+        for number, phase in enumerate(PHASES):
+            one = look_at(self.context, phase, self.selected, self.force)
+            if one.freed:
+                one = look(self.context, PHASES[number:], self.selected, force=self.force)[0]
+            runs.append(self._phase(one))
+            if number > NAMES.index("convert"):
+                self._free()
+        return runs
+
+    def _phase(self, one: Look) -> PhaseRun:
+        phase, context = one.phase, self.context
+        if not one.due:
+            context.tell(PhaseEvent("skip", phase.name, one.reason))
+            return PhaseRun.of(one)
+        converted = context.record("convert")
+        if converted is not None and converted.released and not context.is_gguf and phase.weights(context):
+            raise UsageError(
+                f"{phase.name} reads the converted file, which was deleted to save space",
+                hint="let phase convert run as well (it makes the file again), or give --keep the first time",
+            )
+        context.tell(PhaseEvent("run", phase.name, one.reason, eta=self._eta(one)))
+        items = [item for item, _ in one.due]
+        disk.require(phase.name, phase.disk(context, items))
+        for item, why in one.due:
+            self._begin(phase, item, again=why != RESUMED)
+        context.state.save()
+        begun = last = time.monotonic()
+        try:
+            for done in phase.work(context, items):
+                elapsed = time.monotonic() - last
+                self._finish(phase, done, elapsed)
+                last = time.monotonic()
+        except BaseException:
+            self._interrupted(phase, time.monotonic() - last)
+            raise
+        seconds = time.monotonic() - begun
+        self._orphans(phase)
+        context.tell(PhaseEvent("done", phase.name, "", seconds=seconds))
+        return PhaseRun.of(one, seconds)
+
+    def _orphans(self, phase: Phase) -> None:
+        """Tell of files that an earlier configuration asked for and this one does not: they stay, and are published."""
+        context, names = self.context, {item.name for item in phase.items(self.context)}
+        for name, record in context.state.records.get(phase.name, {}).items():
+            files = [file.path for every in record.outputs.values() for file in every]
+            if name not in names and files and phase.name == "quantize":
+                context.note(phase.name, f"{name} is no longer asked for; its file stays: {files[0]}")
+
+    def _eta(self, one: Look) -> tuple[float, float, float] | None:
+        """Estimated seconds of what is due with their range, by what the same and similar work took here before."""
+        if self.facts is None:
+            return None
+        due = {one.phase.name: [item.name for item, _ in one.due]}
+        found = estimate(self.context.config, self.facts, recorded=_took(self.context), due=due)
+        if not found or found[0].seconds is None or found[0].low is None or found[0].high is None:
+            return None
+        return found[0].seconds, found[0].low, found[0].high
+
+    def _begin(self, phase: Phase, item: Item, *, again: bool) -> None:
+        """Clear away what is of another key, and remember that this one is in hand."""
+        state, key = self.context.state, key_of(item.parameters, item.inputs)
+        started = state.started.setdefault(phase.name, {})
+        claims = [state.relative(path) for path in phase.claims(self.context, item)]
+        if again:
+            old, record = started.pop(item.name, None), state.record(phase.name, item.name)
+            names = [*(record.claims if record else []), *(old.claims if old else []), *claims]
+            given = {Path(path).absolute() for path in item.about.get("shards", ())}
+            for name in dict.fromkeys(names):
+                if phase.name != "source":
+                    self._refuse_source(state.work / name)
+                elif (state.work / name).absolute() in given:
+                    continue  # the user's own file, or a link of ours that has become it
+                disk.clear(state.work, state.work / name)
+                state.forget(state.work / name)
+            state.records.get(phase.name, {}).pop(item.name, None)
+        spent = started[item.name].seconds if item.name in started else 0.0
+        started[item.name] = Started(key, claims, spent)
+
+    def _refuse_source(self, path: Path) -> None:
+        """UsageError where the source itself lies, before anything there is deleted."""
+        record = self.context.record("source")
+        for file in record.outputs.get("files", []) if record is not None else []:
+            if path.exists() and path.samefile(self.context.state.where(file)):
+                raise UsageError(f"{path} is the source, and would be replaced", hint="choose another --work folder")
+
+    def _finish(self, phase: Phase, done: Done, elapsed: float) -> None:
+        state, item = self.context.state, done.item
+        begun = state.started[phase.name].pop(item.name)
+        seconds = begun.seconds + (elapsed if done.seconds is None else done.seconds)
+        state.records.setdefault(phase.name, {})[item.name] = Record(
+            key=begun.key,
+            parameters=dict(item.parameters),
+            inputs=dict(item.inputs),
+            outputs={label: [state.stored(path) for path in paths] for label, paths in done.outputs.items()},
+            facts=dict(done.facts),
+            seconds=round(seconds, 3),
+            finished=now(),
+            claims=begun.claims,
+        )
+        state.save()
+
+    def _interrupted(self, phase: Phase, elapsed: float) -> None:
+        """Remember what was spent; the error that is on its way is the one to tell of."""
+        for one in self.context.state.started.get(phase.name, {}).values():
+            one.seconds += elapsed
+        try:
+            self.context.state.save()
+        except Exception as error:  # a full disk, of all moments
+            self.context.note(phase.name, f"the state could not be saved: {error}")
+
+    def _free(self) -> None:
+        """Delete the converted file when no phase, asked for or not, still has to read it."""
+        context = self.context
+        record = context.record("convert")
+        if context.config.keep or context.is_gguf or record is None or record.released:
+            return
+        readers = PHASES[1 + NAMES.index("convert") :]
+        try:
+            every = look(context, readers, NAMES)
+        except UsageError:  # one needs what was left out of this run: it may read the file another time
+            return
+        if any(one.due and one.phase.weights(context) for one in every):
+            return
+        files = record.outputs.get("model", [])
+        record.released = True
+        context.state.save()
+        for file in files:
+            path = context.state.where(file)
+            path.unlink(missing_ok=True)
+            context.state.forget(path)
+        total = sum(file.bytes for file in files)
+        context.note("convert", f"deleted {', '.join(file.path for file in files)} ({total} bytes): no phase needs it")

@@ -1,0 +1,25 @@
+"""The note beside a file that failed a check: `apex publish` refuses a model that has one (publishable.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apex_quant.publishable import QUARANTINE
+
+
+def note_of(model: Path) -> Path:
+    """NAME.gguf.quarantine.json; of shards beside the first."""
+    return model.with_name(model.name + QUARANTINE)
+
+
+def quarantine(model: Path, phase: str, problems: Sequence[str], facts: Any = None) -> Path:
+    """Write the note, whole or not at all."""
+    note = note_of(model)
+    partial = note.with_name(f".{note.name}.partial")
+    document = {"file": model.name, "phase": phase, "reason": "; ".join(problems), "problems": list(problems)}
+    partial.write_text(json.dumps({**document, "facts": facts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(note)
+    return note

@@ -1,0 +1,130 @@
+"""What a run gives back: what each phase did and why, and every file with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from apex_quant.pipeline.context import Context
+from apex_quant.pipeline.estimate import PhaseEstimate
+from apex_quant.pipeline.look import Look
+from apex_quant.pipeline.wanted import wanted
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """One phase: `ran` and `unchanged` items by name ('' for a phase of one piece), and the line that was said."""
+
+    name: str
+    ran: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    reason: str
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, one: Look, seconds: float = 0.0) -> PhaseRun:
+        ran = tuple(item.name for item, _ in one.due)
+        return cls(one.phase.name, ran, tuple(item.name for item in one.done), one.reason, seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "ran": list(self.ran),
+            "unchanged": list(self.unchanged),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """A quantized file (the first of its shards). `kld` is results.json's, None where it was not measured;
+    `quarantined` the reason, None for a file that passed every check it was put to."""
+
+    tier: str
+    path: Path
+    bytes: int
+    bpw: float
+    sha256: str
+    verified: bool
+    kld: dict[str, Any] | None
+    results: Path | None
+    quarantined: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path), "results": str(self.results) if self.results else None}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The whole: `published` is the upload's (or its rehearsal's) JSON, None without one; `estimates` are those of a
+    dry run."""
+
+    work: Path
+    phases: tuple[PhaseRun, ...]
+    files: tuple[FileResult, ...]
+    report: tuple[Path, ...]
+    published: dict[str, Any] | None
+    seconds: float
+    dry_run: bool
+    estimates: tuple[PhaseEstimate, ...] = ()
+
+    @property
+    def quarantined(self) -> tuple[FileResult, ...]:
+        return tuple(file for file in self.files if file.quarantined is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "work": str(self.work),
+            "dry_run": self.dry_run,
+            "phases": [one.to_json() for one in self.phases],
+            "files": [one.to_json() for one in self.files],
+            "quarantined": [one.tier for one in self.quarantined],
+            "report": [str(path) for path in self.report],
+            "published": self.published,
+            "seconds": round(self.seconds, 3),
+            **({"estimates": [one.to_json() for one in self.estimates]} if self.dry_run else {}),
+        }
+
+
+def summarize(context: Context, runs: Sequence[PhaseRun], seconds: float, *, dry_run: bool) -> RunResult:
+    """The result as the state tells it."""
+    report = context.record("report")
+    paths = [context.state.where(f) for files in report.outputs.values() for f in files] if report is not None else []
+    return RunResult(
+        work=context.work,
+        phases=tuple(runs),
+        files=tuple(files(context)),
+        report=tuple(paths),
+        published=context.facts("publish").get("published"),
+        seconds=seconds,
+        dry_run=dry_run,
+    )
+
+
+def files(context: Context) -> list[FileResult]:
+    """Every quantized file that the state knows, in the order of the configuration."""
+    found = []
+    order = [one.name for one in wanted(context.config)]
+    records = context.state.records.get("quantize", {})
+    for tier in [name for name in order if name in records]:
+        record = records[tier]
+        verified, measured = context.facts("verify", tier), context.facts("evaluate", tier)
+        results = context.record("evaluate", tier)
+        stored = results.outputs.get("results", []) if results is not None else []
+        model = record.outputs["model"]
+        found.append(
+            FileResult(
+                tier=tier,
+                path=context.state.where(model[0]),
+                bytes=sum(file.bytes for file in model),
+                bpw=record.facts["bpw"],
+                sha256=model[0].sha256,
+                verified=bool(verified.get("ok")),
+                kld=measured.get("kld"),
+                results=context.state.where(stored[0]) if stored else None,
+                quarantined=verified.get("quarantined") or measured.get("quarantined"),
+            )
+        )
+    return found

@@ -1,0 +1,263 @@
+"""Phases verify, evaluate and baselines: every file is proven, or quarantined with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from apex_quant.errors import InputError, NativeError
+from apex_quant.pipeline.context import Artifact, Context
+from apex_quant.pipeline.phases import Done, Item
+from apex_quant.pipeline.quarantine import note_of, quarantine
+from apex_quant.pipeline.smoke import PROMPTS, ceiling, generate, generate_once, judge, written_before
+from apex_quant.pipeline.steps_files import matrix
+from apex_quant.pipeline.steps_model import measured
+from apex_quant.pipeline.wanted import wanted
+
+NATIVE, HARNESS = ("native", "all"), ("harness", "all")
+
+
+def _prompts(context: Context) -> tuple[str, ...]:
+    return context.config.verify.prompts or PROMPTS
+
+
+def _greedy(context: Context) -> Path:
+    return context.work / "reference" / "greedy.json"
+
+
+def verify_items(context: Context) -> list[Item]:
+    given = context.config.verify
+    parameters = {"rebuild": given.rebuild, "generate": given.generate, "prompts": list(_prompts(context))}
+    items = []
+    for one in wanted(context.config):
+        file = context.artifact("quantize", "model", one.name)
+        items.append(Item(one.name, parameters, {"file": file.digest}, {"weighted": one.weighted}))
+    return items
+
+
+def verify_claims(context: Context, item: Item) -> Iterable[Path]:
+    return [note_of(context.artifact("quantize", "model", item.name).path)]
+
+
+def verify_weights(context: Context) -> bool:
+    """Tensors are encoded again, or the full model has still to write its text."""
+    given = context.config.verify
+    if given.rebuild != "none" or not given.generate:
+        return given.rebuild != "none"
+    return written_before(_greedy(context), context.model().digest, _prompts(context), given.generate) is None
+
+
+def verify_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """Structure, hashes, values, a sample encoded again, and a little text. A file that fails is quarantined."""
+    given, source = context.config.verify, context.model()
+    expected = []
+    if given.generate:
+        expected = generate_once(
+            source.path, source.digest, _greedy(context), _prompts(context), given.generate,
+            context.config.session_options(),
+        )  # fmt: skip
+    for item in items:
+        path = context.artifact("quantize", "model", item.name).path
+        problems, facts = _checked(context, path, item.about["weighted"])
+        if given.generate and not problems:
+            wrong, written = _written(context, path, expected)
+            problems += wrong
+            facts["texts"] = [one["text"] for one in written]
+        outputs = {}
+        if problems:
+            outputs["quarantine"] = [quarantine(path, "verify", problems, facts)]
+            facts["quarantined"] = "; ".join(problems)
+            context.note("verify", f"{path.name} is quarantined: {facts['quarantined']}")
+        yield Done(item, outputs, {**facts, "ok": not problems})
+
+
+def _checked(context: Context, path: Path, weighted: bool) -> tuple[list[str], dict[str, Any]]:
+    from apex_quant.encode.verify import verify
+
+    rebuild = context.config.verify.rebuild
+    uses = weighted and rebuild != "none"
+    try:
+        found = verify(
+            path,
+            source=context.model().path if rebuild != "none" else None,
+            imatrix=matrix(context, weighted) if uses else None,
+            everything=rebuild == "all",
+            threads=context.config.threads,
+            progress=context.tell,
+        )
+    except InputError as error:
+        return [error.message], {}
+    failed = [f"{check.name}: {check.detail}" for check in found.checks if check.ok is False]
+    return failed, {"checks": {check.name: check.detail for check in found.checks if check.ok}}
+
+
+def _written(
+    context: Context, path: Path, expected: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    given = context.config.verify
+    try:
+        written = generate(path, _prompts(context), given.generate, context.config.session_options())
+    except (InputError, NativeError) as error:  # it is this file that llama.cpp cannot run: the source it could
+        return [f"llama.cpp cannot run it: {error.message}"], []
+    return judge(written, expected), written
+
+
+# --- evaluate ---
+
+
+def evaluate_unused(context: Context) -> str | None:
+    return "the evaluation suite is none" if context.config.evaluate.suite == "none" else None
+
+
+def reference(context: Context) -> Artifact | None:
+    """The full model's predictions, where files are measured against them."""
+    return context.artifact("reference", "reference") if measured(context) is None else None
+
+
+def _settings(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parameters and inputs that every measurement shares."""
+    given = context.config.evaluate
+    parameters: dict[str, Any] = {"suite": given.suite}
+    if given.suite in NATIVE:
+        parameters |= {"only": list(given.only), "floor": given.floor, "tasks": given.tasks, "seed": given.seed}
+        parameters["task_files"] = dict(given.task_files)
+    if given.suite in HARNESS:
+        parameters["harness"] = given.harness.model_dump(mode="json")
+    against = reference(context)
+    inputs = {"reference": against.digest} if against is not None else {}
+    files = context.files(list(given.task_files.values()))
+    return parameters, {**inputs, **{f"tasks {name}": digest for name, digest in files.items()}}
+
+
+def evaluate_items(context: Context) -> list[Item]:
+    parameters, inputs = _settings(context)
+    items = []
+    for one in wanted(context.config):
+        file = context.artifact("quantize", "model", one.name)
+        bad = ("verify", one.name) not in context.pending and context.facts("verify", one.name).get("quarantined")
+        if not bad:
+            limit = context.config.verify.kld_ceiling.get(one.name)
+            decided = {**parameters, "kld_ceiling": limit} if limit is not None else parameters
+            items.append(Item(one.name, decided, {"file": file.digest, **inputs}))
+    return items
+
+
+def evaluate_claims(context: Context, item: Item) -> Iterable[Path]:
+    path = context.artifact("quantize", "model", item.name).path
+    stem = path.name.removesuffix(".gguf")
+    results = context.release / "results"
+    note = note_of(path)
+    # a note of verify's is not this phase's to delete
+    mine = [] if context.facts("verify", item.name).get("quarantined") else [note]
+    return [results / f"{stem}.json", results / f"{stem}.npz", *mine]
+
+
+def evaluate_weights(context: Context) -> bool:
+    return context.config.evaluate.floor and context.config.evaluate.suite in NATIVE
+
+
+def evaluate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """Each file against the reference; a mean KLD above its tier's ceiling quarantines it. Raises as evaluate()."""
+    for item in items:
+        path = context.artifact("quantize", "model", item.name).path
+        out = next(iter(evaluate_claims(context, item)))
+        found = measure(context, path, out)
+        kld = (found.metrics.get("kld") or {}).get("mean")
+        limit = ceiling(item.name, context.facts("quantize", item.name)["bpw"], context.config.verify.kld_ceiling)
+        facts: dict[str, Any] = {"kld": kld, "ceiling": limit}
+        outputs = results_of(out)
+        if kld is not None and kld["value"] is not None and kld["value"] > limit:
+            reason = f"mean KLD {kld['value']:.4g} is above {limit:g}, the ceiling of {item.name}"
+            facts["quarantined"] = reason
+            outputs["quarantine"] = [quarantine(path, "evaluate", [reason], facts)]
+            context.note("evaluate", f"{path.name} is quarantined: {reason}")
+        for warning in found.warnings:
+            context.note("evaluate", f"{path.name}: {warning}")
+        yield Done(item, outputs, facts)
+
+
+def measure(context: Context, path: Path, out: Path) -> Any:
+    """What the configured suite says of a file, in `out`. The same call after an interruption goes on."""
+    from apex_quant.evaluation.evaluate import evaluate
+    from apex_quant.evaluation.harness import HarnessPlan
+    from apex_quant.evaluation.speed import SpeedPlan
+
+    given = context.config.evaluate
+    against = reference(context)
+    native = given.suite in NATIVE
+    harness = None
+    if given.suite in HARNESS:
+        chosen = given.harness
+        harness = HarnessPlan(chosen.tasks, chosen.limit, chosen.allow_code, chosen.chat, chosen.parallel)
+    files = dict(given.task_files) if native else {}
+    only = (given.only or None) if native else ()
+    whole = context.model().paths
+    return evaluate(
+        path,
+        reference=against.path if against is not None else None,
+        source=whole[0] if whole and whole[0].exists() else None,
+        only=only,
+        ctx=context.config.reference.ctx,
+        floor=given.floor and native,
+        tasks=given.tasks,
+        task_files=files,
+        seed=given.seed,
+        speed=SpeedPlan() if native and (only is None or "speed" in only) else None,
+        harness=harness,
+        out=out,
+        options=context.config.session_options(),
+        progress=context.tell,
+    )
+
+
+def results_of(out: Path) -> dict[str, list[Path]]:
+    """results.json and the archive of numbers per token that it names."""
+    from apex_quant.evaluation.results import load
+
+    found = load(out)
+    archive = [out.parent / found.per_token.path] if found.per_token is not None else []
+    return {"results": [out], **({"per_token": archive} if archive else {})}
+
+
+# --- baselines ---
+
+
+def baselines_unused(context: Context) -> str | None:
+    if not context.config.baselines:
+        return "no baselines are given"
+    return evaluate_unused(context)
+
+
+def baselines_items(context: Context) -> list[Item]:
+    parameters, inputs = _settings(context)
+    return [Item(spec, {"spec": spec, **parameters}, inputs) for spec in context.config.baselines]
+
+
+def _place(context: Context, spec: str) -> Path:
+    safe = "".join(c if c.isalnum() or c in "._+-" else "-" for c in spec)
+    return context.release / "results" / "baselines" / safe
+
+
+def baselines_claims(context: Context, item: Item) -> Iterable[Path]:
+    return [_place(context, item.name)]
+
+
+def baselines_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """Other people's files, downloaded and measured as ours are. Raises as baseline_files() and evaluate()."""
+    from apex_quant.hub import baseline_files
+
+    for item in items:
+        folder = _place(context, item.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        outputs: dict[str, list[Path]] = {"results": [], "per_token": []}
+        facts = []
+        for one in baseline_files(item.name, progress=context.tell):
+            out = folder / f"{one.path.name.removesuffix('.gguf')}.json"
+            measure(context, one.path, out)
+            for label, paths in results_of(out).items():
+                outputs[label] += paths
+            size = sum(file.size for file in one.files)
+            facts.append({"label": one.label, "file": one.path.name, "repo": one.repo, "commit": one.commit,
+                          "bytes": size})  # fmt: skip
+        yield Done(item, outputs, {"models": facts})

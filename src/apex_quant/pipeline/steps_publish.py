@@ -1,0 +1,158 @@
+"""Phases report and publish: the numbers as pages and plots, and everything to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from apex_quant.errors import InputError
+from apex_quant.gguf import open_model, split
+from apex_quant.pipeline.context import Context
+from apex_quant.pipeline.disk import require
+from apex_quant.pipeline.phases import PENDING, Done, Item, Need
+from apex_quant.pipeline.steps_checks import evaluate_items, evaluate_unused
+from apex_quant.publishable import MOST_BYTES
+
+_CARD: Final = "card"
+"""Of the state: sha256 of the card as it was written."""
+_HEADER: Final = 1_000_000_000
+_NOT_PUBLISHED: Final = (".journal", ".partial", ".state", ".lock")
+
+
+def report_unused(context: Context) -> str | None:
+    if "evaluate" in context.config.phases.skip and not context.state.records.get("evaluate"):
+        return "nothing was evaluated"
+    return evaluate_unused(context)
+
+
+def report_items(context: Context) -> list[Item]:
+    given = context.config.report
+    inputs = {}
+    for item in evaluate_items(context):
+        inputs[f"results of {item.name}"] = context.artifact("evaluate", "results", item.name).digest
+    for spec in context.config.baselines:
+        inputs[f"baseline {spec}"] = context.artifact("baselines", "results", spec).digest
+    config = context.config
+    parameters = {
+        "formats": list(given.formats),
+        "family": list(given.family),
+        "repo": config.publish.repo,
+        "base_model": config.source if config.is_hub else None,
+    }
+    return [Item("", parameters, inputs)] if inputs else []
+
+
+def report_claims(context: Context, item: Item) -> Iterable[Path]:
+    return [context.release / "report"]
+
+
+def report_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """Report and model card. Raises as report() and card()."""
+    from apex_quant.report.report import report
+
+    for item in items:
+        folder = context.release / "report"
+        family, formats = tuple(item.parameters["family"]), tuple(item.parameters["formats"])
+        made = report([context.release / "results"], folder, family=family, formats=formats)
+        for missing in made.missing:
+            context.note("report", missing)
+        paths = [*made.paths.values(), _card(context, item)]
+        yield Done(item, {"report": paths}, {"sentences": list(made.sentences)})
+
+
+def _card(context: Context, item: Item) -> Path:
+    """The model card; one that somebody has edited stays, and the new one goes beside the report."""
+    from apex_quant.report.card import card
+
+    about, target = context.state.about, context.release / "README.md"
+    edited = target.exists() and context.state.sha256(target) != about.get(_CARD)
+    if edited:
+        target = context.release / "report" / "README.md"
+        context.note("report", f"README.md was edited and stays as it is; the new card is {target}")
+    card(
+        context.release,
+        target,
+        base_model=item.parameters["base_model"],
+        repo=item.parameters["repo"],
+        family=item.parameters["family"],
+    )
+    if not edited:
+        about[_CARD] = context.state.sha256(target)
+    return target
+
+
+# --- publish ---
+
+
+def publish_unused(context: Context) -> str | None:
+    return None if context.config.publish.repo else "no repository is given"
+
+
+def publish_items(context: Context) -> list[Item]:
+    given = context.config.publish
+    parameters = {
+        "repo": given.repo,
+        "private": given.private,
+        "shards": given.shards,
+        "upload": context.yes and not given.dry_run,
+    }
+    if context.pending:
+        waiting = sorted({phase for phase, _ in context.pending})[-1]
+        return [Item("", parameters, {"files": f"{PENDING}{waiting}"})]
+    files = [
+        path
+        for path in sorted(context.release.rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_PUBLISHED)
+    ]
+    inputs = {str(path.relative_to(context.release)): context.state.sha256(path) for path in files}
+    return [Item("", parameters, inputs)]
+
+
+def publish_claims(context: Context, item: Item) -> Iterable[Path]:
+    return []
+
+
+def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """Upload, or without --yes say what would be uploaded. Raises as publish(): quarantined files are refused."""
+    from apex_quant.publish import publish
+
+    given = context.config.publish
+    assert given.repo is not None
+    for item in items:
+        upload = item.parameters["upload"]
+        _split_large(context)
+        made = publish(
+            context.release,
+            given.repo,
+            private=given.private,
+            dry_run=not upload,
+            replace=given.replace,
+            progress=context.tell,
+            plan=context.tell,
+        )
+        if not upload:
+            context.note("publish", f"nothing was uploaded to {given.repo}: --yes does it")
+        yield Done(item, {}, {"published": made.to_json()})
+
+
+def _split_large(context: Context) -> None:
+    """Shards beside the models that are too large for the hub; publishable() then leaves the whole ones here."""
+    for path in sorted(context.release.glob("*.gguf")):
+        if path.stat().st_size > MOST_BYTES and not _is_split(path):
+            context.note("publish", f"{path.name} is over {MOST_BYTES} bytes: split into shards")
+            # the header comes on top of the tensors that are counted
+            most = min(context.config.publish.shards, MOST_BYTES - _HEADER)
+            require("publish", [Need(path.parent, path.stat().st_size)])
+            split(path, path.with_suffix(""), most, force=True)
+
+
+def _is_split(path: Path) -> bool:
+    """Whether all its shards lie beside it: an earlier run may have ended in the middle."""
+    for first in path.parent.glob(f"{path.stem}-00001-of-*.gguf"):
+        try:
+            with open_model(first):
+                return True
+        except InputError:
+            continue
+    return False

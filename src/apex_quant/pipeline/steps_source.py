@@ -1,0 +1,207 @@
+"""Phases source and convert: the full-precision weights, and as a GGUF."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from apex_quant.errors import InputError, UsageError
+from apex_quant.gguf import open_model
+from apex_quant.pipeline.context import Context
+from apex_quant.pipeline.disk import symlink
+from apex_quant.pipeline.phases import Done, Item, Need
+from apex_quant.pipeline.state import digest_of
+
+# of a hub repository, what a conversion reads; the pickled weights only where there are no others
+PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+PICKLED: Final = ("*.bin", "*.pth", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+def source_items(context: Context) -> list[Item]:
+    config = context.config
+    if config.is_hub:
+        about = {"repo": config.source, "revision": config.revision, "files": config.source_files}
+        return [Item("", {"kind": "hub", **about}, {})]
+    if config.revision is not None:
+        raise UsageError("a revision concerns a download, and the source is on this disk")
+    path = Path(config.source)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder", hint="a hub id is ORG/NAME; a GGUF, a checkpoint's folder or a YAML file"
+        )
+    if context.is_gguf:
+        shards = _shards(path)
+        digest = context.state.digest(shards)
+        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"shards": shards})]
+    if not path.is_dir():
+        raise InputError(f"{path}: neither a GGUF nor a checkpoint's folder", hint="a GGUF file ends in .gguf")
+    inside = _checkpoint_files(path)
+    lines = [f"{one.relative_to(path)} {context.state.sha256(one)}" for one in inside]
+    return [Item("", {"kind": "checkpoint"}, {"checkpoint": digest_of([*lines, ""])}, {"files": inside})]
+
+
+def source_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """Download, or look at, the weights. Raises what hub.snapshot, open_model and describe raise."""
+    for item in items:
+        if item.parameters["kind"] == "gguf":
+            yield _gguf(context, item)
+        elif item.parameters["kind"] == "checkpoint":
+            yield Done(item, {"files": item.about["files"]}, _described(Path(context.config.source)))
+        else:
+            yield _downloaded(context, item)
+
+
+def source_claims(context: Context, item: Item) -> Iterable[Path]:
+    """Links under the run's own name."""
+    return [] if item.parameters["kind"] != "gguf" else _links(context, item.about["shards"])
+
+
+def _shards(path: Path) -> list[Path]:
+    with open_model(path) as model:
+        return [Path(file.path).absolute() for file in model.files]
+
+
+def _links(context: Context, shards: Sequence[Path]) -> list[Path]:
+    """Where the shards are linked to when the run has a name of its own: plans name files after their source."""
+    if context.config.name is None:
+        return []
+    names = [_SHARD.search(shard.name) for shard in shards]
+    stem = re.sub(r"[^\w.+-]+", "-", context.config.name)
+    links = [context.work / "source" / f"{stem}{found[0] if found else '.gguf'}" for found in names]
+    return [] if set(links) & set(shards) else links
+
+
+def _gguf(context: Context, item: Item) -> Done:
+    shards = list(item.about["shards"])
+    links = _links(context, shards)
+    for shard, link in zip(shards, links, strict=bool(links)):
+        symlink(shard, link)
+        context.state.seed(link, context.state.sha256(shard))
+    with open_model(shards[0]) as model:
+        facts = {"architecture": model.architecture, "tensors": len(model.tensors)}
+    return Done(item, {"files": links or shards}, facts)
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    from apex_quant.convert import describe
+
+    found = describe(folder)
+    if found.missing:
+        raise InputError(f"{folder}: {found.missing[0]}", hint="complete the download, then run again")
+    projector = found.vision or found.audio
+    sizes = {kind: found.estimate(kind) for kind in ("auto", "bf16", "f16", "f32")}
+    return {
+        "architecture": found.architecture,
+        "folder": str(folder.absolute()),
+        "projector": projector,
+        "estimates": sizes,
+        "parameters": found.parameters,
+    }
+
+
+def _downloaded(context: Context, item: Item) -> Done:
+    from apex_quant.hub import snapshot
+
+    repo, revision = item.parameters["repo"], item.parameters["revision"]
+    if item.parameters["files"] is not None:
+        return _downloaded_gguf(context, item)
+    try:
+        came = snapshot(repo, revision=revision, patterns=PATTERNS, progress=context.tell)
+    except InputError:
+        came = snapshot(repo, revision=revision, patterns=PICKLED, progress=context.tell)
+    else:
+        if not any(file.path.endswith(".safetensors") for file in came.files):
+            came = snapshot(repo, revision=came.commit, patterns=PICKLED, progress=context.tell)
+    paths = [came.folder / file.path for file in came.files]
+    for path, file in zip(paths, came.files, strict=True):
+        if file.sha256 is not None:  # the download has just compared it
+            context.state.seed(path, file.sha256)
+    return Done(item, {"files": paths}, {**_described(came.folder), "repo": repo, "commit": came.commit})
+
+
+def _downloaded_gguf(context: Context, item: Item) -> Done:
+    """The one GGUF model of a repository that fits the pattern, all its shards."""
+    from apex_quant.hub import baseline_files
+
+    repo, revision, pattern = (item.parameters[key] for key in ("repo", "revision", "files"))
+    found = baseline_files(f"{repo}{f'@{revision}' if revision else ''}:{pattern}", progress=context.tell)
+    if len(found) != 1:
+        names = ", ".join(one.path.name for one in found)
+        raise InputError(f"{repo}: {len(found)} models fit {pattern}: {names}", hint="source_files must name one")
+    shards = _shards(found[0].path)
+    by_name = {file.path.split("/")[-1]: file for file in found[0].files}
+    for shard in shards:
+        if (digest := by_name[shard.name].sha256) is not None:
+            context.state.seed(shard, digest)
+    return Done(item, {"files": shards}, {"repo": repo, "commit": found[0].commit})
+
+
+# --- convert ---
+
+
+def convert_unused(context: Context) -> str | None:
+    return "the source is a GGUF" if context.is_gguf else None
+
+
+def convert_items(context: Context) -> list[Item]:
+    given = context.config.convert
+    digest = {"checkpoint": context.artifact("source", "files").digest}
+    shared = {"pre": given.pre, "trust_remote_code": given.trust_remote_code, "name": _title(context)}
+    items = [Item("", {**shared, "outtype": given.outtype, "nextn": given.nextn}, digest)]
+    if given.mmproj is True or (given.mmproj == "auto" and context.facts("source").get("projector")):
+        items.append(Item("mmproj", {**shared, "outtype": given.outtype}, digest))
+    return items
+
+
+def convert_claims(context: Context, item: Item) -> Iterable[Path]:
+    name = re.sub(r"[^\w.+-]+", "-", context.name)
+    return [context.work / "source" / (f"mmproj-{name}.gguf" if item.name == "mmproj" else f"{name}.gguf")]
+
+
+def convert_disk(context: Context, items: Sequence[Item]) -> Iterable[Need]:
+    estimates = context.facts("source").get("estimates", {})
+    due = [item for item in items if item.name == "" and not next(iter(convert_claims(context, item))).exists()]
+    return [Need(context.work / "source", int(estimates.get(item.parameters["outtype"], 0))) for item in due]
+
+
+def convert_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
+    """llama.cpp's converter. Raises what convert() raises."""
+    from apex_quant.convert import convert
+
+    folder = context.facts("source")["folder"] if context.config.is_hub else context.config.source
+    given = context.config.convert
+    for item in items:
+        (out,) = convert_claims(context, item)
+        facts: dict[str, Any] = {}
+        if not out.exists():  # another key's file was cleared away: this one is complete, the run ended after it
+            made = convert(
+                folder,
+                out,
+                outtype=given.outtype,
+                mmproj=item.name == "mmproj",
+                nextn=given.nextn,
+                name=item.parameters["name"],
+                pre=given.pre,
+                trust_remote_code=given.trust_remote_code,
+                python=given.python,
+                progress=context.tell,
+            )
+            facts = {"converter": made.converter, "outtype": made.outtype, "warnings": list(made.warnings)}
+        yield Done(item, {"model": [out]}, facts)
+
+
+def _title(context: Context) -> str | None:
+    """general.name: what the user says, or what the hub calls it; a folder's is left to the converter."""
+    config = context.config
+    return config.name or (context.name.replace("-", " ") if config.is_hub else None)

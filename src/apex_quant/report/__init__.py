@@ -1,0 +1,1 @@
+"""Reports from results files: plots, one HTML page, model cards, and which file to take."""

@@ -1,0 +1,86 @@
+"""Runs against a local server that answers as the hub does: sources, baselines, publishing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apex_quant import run
+from apex_quant.errors import InputError
+from apex_quant.pipeline.context import PhaseEvent
+from apex_quant.pipeline.state import State
+from tests.helpers.random_models import write_random_gguf
+from tests.hub.conftest import hub, token, waits  # noqa: F401 -- fixtures
+from tests.hub.mock import MockHub, Repo
+from tests.pipeline.conftest import ran, small_run
+
+pytestmark = pytest.mark.usefixtures("waits")
+CHECKPOINT = {
+    "config.json": b'{"architectures": ["TinyForCausalLM"], "model_type": "tiny", "num_hidden_layers": 1}',
+    "model.safetensors": (2).to_bytes(8, "little") + b"{}",
+    "original/consolidated.pth": b"pickled",
+    "images/logo.png": b"png",
+}
+
+
+def only_source(work: Path, **more: Any) -> State:
+    run("org/Tiny", work=str(work), phases={"only": ["source"]}, **more)
+    return State(work).load()
+
+
+def test_a_source_from_the_hub_is_pinned(hub: MockHub, tmp_path: Path) -> None:  # noqa: F811
+    """Weights and what goes with them, nothing else; asked once, then never again without a new revision."""
+    hub.repos["org/Tiny"] = Repo(files=dict(CHECKPOINT))
+    work = tmp_path / "work"
+    found = only_source(work).records["source"][""]
+    assert found.facts["commit"] == hub.repos["org/Tiny"].commit
+    assert {Path(file.path).name for file in found.outputs["files"]} == {"config.json", "model.safetensors"}
+    hub.log.clear()
+    only_source(work)
+    assert hub.log == []
+    only_source(work, revision="v1")
+    assert hub.log
+
+
+def test_a_gguf_of_a_hub_repository(hub: MockHub, tmp_path: Path) -> None:  # noqa: F811
+    data = write_random_gguf(tmp_path / "x.gguf", "qwen3moe", layers="M").read_bytes()
+    hub.repos["org/Tiny"] = Repo(files={"Tiny-BF16.gguf": data, "Tiny-Q8_0.gguf": b"GGUF"})
+    found = only_source(tmp_path / "a", source_files="*BF16*")
+    (file,) = found.records["source"][""].outputs["files"]
+    assert file.bytes == len(data)
+    with pytest.raises(InputError, match=r"2 models fit \*\.gguf"):
+        only_source(tmp_path / "b", source_files="*.gguf")
+
+
+@pytest.mark.usefixtures("token")
+def test_baselines_and_publishing(hub: MockHub, again: Path) -> None:  # noqa: F811
+    """Others' files are measured beside ours; --publish says what it would do, and does it with --yes."""
+    theirs = (again / "work/release/Small-APEX-I-Compact.gguf").read_bytes()
+    hub.repos["other/Small-GGUF"] = Repo(files={"Small-Q4_K_M.gguf": theirs, "README.md": b"theirs"})
+    more: dict[str, Any] = {"baselines": ["other/Small-GGUF:*Q4_K_M*:theirs"], "publish": {"repo": "me/Small"}}
+    said: list[Any] = []
+    made = small_run(again, **more, progress=said.append)
+    assert ran(made) == {"baselines": ("other/Small-GGUF:*Q4_K_M*:theirs",), "publish": ("",)}
+    facts = State(again / "work").load().records["baselines"]["other/Small-GGUF:*Q4_K_M*:theirs"].facts
+    assert (facts["models"][0]["label"], facts["models"][0]["bytes"]) == ("theirs", len(theirs))
+    assert made.published is not None
+    assert made.published["dry_run"]
+    assert "me/Small" not in hub.repos
+    assert [e.text for e in said if isinstance(e, PhaseEvent) and e.kind == "note"] == [
+        "nothing was uploaded to me/Small: --yes does it"
+    ]
+    made = small_run(again, **more, yes=True)
+    assert list(ran(made)) == ["publish"]
+    uploaded = hub.repos["me/Small"].files
+    assert uploaded["Small-APEX-I-Compact.gguf"] == theirs or len(uploaded["Small-APEX-I-Compact.gguf"]) < 1000
+    assert {
+        "Small-APEX-Quality.gguf",
+        "Small-BF16.imatrix.gguf",
+        "SHA256SUMS",
+        "recipes/Small-BF16-quality.txt",
+    } <= set(uploaded)
+    hub.log.clear()
+    assert ran(small_run(again, **more, yes=True)) == {}
+    assert hub.log == []

@@ -1,0 +1,212 @@
+"""Real runs on a small model: what is made, what a rerun does, and what stops it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from apex_quant import run
+from apex_quant.errors import BusyError, InputError, UsageError
+from apex_quant.pipeline.context import PhaseEvent
+from apex_quant.pipeline.results import RunResult
+from apex_quant.pipeline.state import exclusive
+from apex_quant.pipeline.status import status
+from apex_quant.publishable import publishable
+from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
+from tests.pipeline.conftest import ran, small_run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of all models, matrices, recipes and references."""
+    kinds = (".gguf", ".txt", ".apexref")
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in kinds
+    }
+
+
+def test_what_a_run_makes(finished: Path) -> None:
+    work = finished / "work"
+    assert set(contents(work)) == {
+        "reference/Small-BF16.apexref", "release/Small-BF16.imatrix.gguf",
+        "release/Small-APEX-Quality.gguf", "release/Small-APEX-I-Compact.gguf",
+        "release/recipes/Small-BF16-quality.txt", "release/recipes/Small-BF16-i-compact.txt",
+    }  # fmt: skip
+    made = status(work)
+    assert [(one.tier, one.verified, one.quarantined) for one in made.files] == [
+        ("quality", True, None), ("i-compact", True, None),
+    ]  # fmt: skip
+    assert all(one.kld is not None and 0 < one.kld["value"] < 1 for one in made.files)
+    found = publishable(work / "release")
+    assert sorted(model.paths[0] for model in found.models) == [
+        "Small-APEX-I-Compact.gguf", "Small-APEX-Quality.gguf",
+    ]  # fmt: skip
+    kinds = {file.path: file.kind for file in found.files}
+    assert kinds["results/Small-APEX-Quality.json"] == kinds["results/Small-APEX-Quality.npz"] == "results"
+    assert kinds["recipes/Small-BF16-quality.txt"] == "recipe"
+
+
+def test_dates_are_nothing_and_bytes_are_all(again: Path) -> None:
+    """New dates rerun nothing; one byte of the calibration text redoes what it decided, and no other tier."""
+    before = contents(again / "work")
+    for path in again.rglob("*"):
+        os.utime(path, ns=(10**18, 10**18))
+    assert ran(small_run(again)) == {}
+    assert contents(again / "work") == before
+
+    corpus = again / "corpus.txt"
+    corpus.write_text(corpus.read_text().replace("quick", "quack", 1))
+    said: list[PhaseEvent] = []
+    made = small_run(again, progress=lambda event: said.append(event) if isinstance(event, PhaseEvent) else None)
+    only = ("i-compact",)
+    assert ran(made) == {"calibrate": ("",), "recipes": only, "quantize": only, "verify": only, "evaluate": only}
+    after = contents(again / "work")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"release/Small-BF16.imatrix.gguf", "release/Small-APEX-I-Compact.gguf"}
+    reasons = {event.phase: event.text for event in said if event.kind in ("run", "skip")}
+    assert reasons["calibrate"].startswith("corpus corpus.txt changed (sha256 ")
+    assert reasons["quantize"].startswith("1 of 2: i-compact: imatrix changed (sha256 ")
+    assert reasons["reference"] == "unchanged"
+
+
+def test_a_damaged_file_is_made_again(again: Path) -> None:
+    before = contents(again / "work")
+    (again / "work/reference/Small-BF16.apexref").unlink()
+    file = again / "work/release/Small-APEX-Quality.gguf"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    looked = small_run(again, dry_run=True)
+    why = {one.name: one.reason for one in looked.phases}
+    assert why["reference"] == "reference/Small-BF16.apexref is gone"
+    assert why["quantize"] == "1 of 2: quality: release/Small-APEX-Quality.gguf was changed"
+    made = small_run(again, phases={"only": ["quantize"]})
+    assert ran(made) == {"quantize": ("quality",)}
+    assert contents(again / "work").items() >= {(k, v) for k, v in before.items() if "apexref" not in k}
+
+
+def test_a_file_above_its_ceiling_is_quarantined(again: Path) -> None:
+    """The check needs no new measurement of the others, the note keeps the file from the hub."""
+    made = small_run(again, verify={"generate": 8, "kld_ceiling": {"i-compact": 1e-6}})
+    assert ran(made) == {"evaluate": ("i-compact",)}
+    (bad,) = made.quarantined
+    assert bad.tier == "i-compact"
+    assert bad.quarantined is not None
+    assert bad.quarantined.endswith("is above 1e-06, the ceiling of i-compact")
+    with pytest.raises(InputError, match=r"I-Compact\.gguf: quarantined: mean KLD"):
+        publishable(again / "work/release")
+    assert ran(small_run(again)) == {"evaluate": ("i-compact",)}  # with the ceiling of old, it is released
+    assert publishable(again / "work/release").models
+
+
+def test_two_runs_exclude_each_other(again: Path) -> None:
+    with exclusive(again / "work"):
+        with pytest.raises(BusyError, match=f"another apex run is working there .process {os.getpid()} since"):
+            small_run(again)
+        assert status(again / "work").running is not None
+    assert status(again / "work").running is None
+    assert ran(small_run(again)) == {}
+
+
+def test_a_dry_run_changes_nothing(again: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in again.rglob("*")}
+    made = small_run(again, dry_run=True, tiers=["quality", "i-compact", "nano"], threads=2)
+    assert ran(made) == {"recipes": ("nano",), "quantize": ("nano",), "verify": ("nano",), "evaluate": ("nano",)}
+    assert {one.phase for one in made.estimates} == set(ran(made))
+    assert {path: path.stat().st_mtime_ns for path in again.rglob("*")} == before
+
+
+def test_a_phase_needs_those_before_it(finished: Path, tmp_path: Path) -> None:
+    os.link(finished / "Small-BF16.gguf", tmp_path / "Small-BF16.gguf")
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(UsageError, match="phase source has not run in") as caught:
+        small_run(tmp_path, phases={"phase": "quantize"})
+    assert caught.value.hint == "--from source runs it and what follows"
+
+
+def test_the_source_is_never_cleared_away(finished: Path, tmp_path: Path) -> None:
+    """A source that lies where a file would be made is refused, and stays."""
+    place = tmp_path / "work/release/Small-APEX-Quality.gguf"
+    place.parent.mkdir(parents=True)
+    os.link(finished / "work/release/Small-APEX-Quality.gguf", place)
+    with pytest.raises(UsageError, match="is the source"):
+        run(place, name="Small", work=str(tmp_path / "work"), tiers=["quality"], quantize={"allow_requantize": True},
+            evaluate={"suite": "none"})  # fmt: skip
+    assert place.stat().st_size > 1_000_000
+
+
+def test_a_name_is_a_link_and_never_the_only_copy(finished: Path, tmp_path: Path) -> None:
+    """Another name makes another link; a link of ours that has become the source is not deleted."""
+    work, source = tmp_path / "work", tmp_path / "Given-BF16.gguf"
+    os.link(finished / "Small-BF16.gguf", source)
+
+    def only_source(place: Path, name: str) -> None:
+        run(place, name=name, work=str(work), phases={"only": ["source"]})
+
+    only_source(source, "First")
+    link = work / "source/First.gguf"
+    assert link.samefile(source)
+    only_source(source, "Second")
+    assert not link.exists()
+    link = work / "source/Second.gguf"
+    source.unlink()
+    only_source(link, "Second")
+    only_source(link, "Third")
+    assert link.exists()
+    assert (work / "source/Third.gguf").samefile(link)
+
+
+def test_what_only_evaluation_needs_is_left_out_with_it(finished: Path, tmp_path: Path) -> None:
+    made = run(
+        finished / "Small-BF16.gguf", work=str(tmp_path / "work"), tiers=["quality"], dry_run=True,
+        phases={"skip": ["evaluate"]},
+    )  # fmt: skip
+    assert list(ran(made)) == ["source", "recipes", "quantize", "verify"]
+
+
+def test_commands(again: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """apex run with options and with YAML, apex status; exit codes."""
+    monkeypatch.chdir(again)
+    yaml = again / "run.yaml"
+    yaml.write_text(
+        "source: Small-BF16.gguf\nwork: work\ntiers: [quality, i-compact]\nthreads: 1\n"
+        "reference: {ctx: 64, chunks: 1}\ncalibrate: {tokens: 256, ctx: 64, corpus: [corpus.txt]}\n"
+        "evaluate: {only: [ppl, kld]}\nverify: {generate: 8}\n"
+    )
+    done = call("run", yaml, "--skip", "report", "--json")
+    assert done.status == 0, done.err
+    document = json.loads(done.out)
+    assert not any(one["ran"] for one in document["phases"]), done.err
+    assert [one["tier"] for one in document["files"]] == ["quality", "i-compact"]
+    assert "reference  skipped: unchanged" in done.err
+    done = call("run", yaml, "--tiers", "quality", "--skip", "report", "--set", "calibrate.tokens=1k", "--dry-run")
+    assert done.status == 0, done.err
+    assert "nothing was done" in done.out
+    assert "no tier is encoded with an importance matrix" in done.out
+    done = call("run", yaml, "--set", "evaluate.suit=all")
+    assert (done.status, done.err.splitlines()[0]) == (2, "error: evaluate.suit: is not known. Did you mean suite?")
+    done = call("status", again / "work")
+    assert done.status == 0
+    assert re.search(r"quantize +(quality, i-compact|i-compact, quality) .* unchanged", done.out)
+    assert call("status", again).status == 3
+    assert call("run", again / "none.gguf").status == 3
+    assert call("run").status == 2
+
+
+def test_quarantined_files_end_with_status_3(again: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """After everything else was done, and said."""
+    good = status(again / "work")
+    files = (replace(good.files[0], quarantined="garbage"), good.files[1])
+    made = RunResult(again / "work", (), files, (), None, 1.0, False)
+    monkeypatch.setattr("apex_quant.pipeline.engine.run", lambda config, **more: made)
+    done = call("run", again / "Small-BF16.gguf")
+    assert done.status == 3
+    assert done.err.splitlines()[0] == "error: 1 of 2 files are quarantined: quality: garbage"
+    assert "i-compact" in done.out
