@@ -13,9 +13,9 @@ from apex_quant.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import frontier as frontier
+    from apex_quant.allocation.measure import measure as measure
     from apex_quant.allocation.optimize import measured_twin as measured_twin
     from apex_quant.allocation.optimize import optimize as optimize
-    from apex_quant.allocation.measure import measure as measure
     from apex_quant.calibration.calibrate import Calibration as Calibration
     from apex_quant.calibration.calibrate import calibrate as calibrate
     from apex_quant.data import embedded_model as embedded_model

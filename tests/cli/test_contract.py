@@ -23,9 +23,9 @@ from tests.cli.conftest import Call
 from tests.helpers.cli import PACKAGE_ROOT, Ran, apex
 
 COMMANDS = [
-    "quickstart", "doctor", "tiers", "inspect", "plan", "calibrate", "measure", "quantize", "verify", "diff", "split", "merge",
-    "eval", "reference", "compare", "results", "report", "card", "which", "fit", "kv", "serve", "export", "chat", "convert", "convert-mlx", "publish", "run", "status",
-    "optimize", "frontier",
+    "quickstart", "doctor", "tiers", "inspect", "plan", "calibrate", "measure", "optimize", "frontier", "quantize",
+    "verify", "diff", "split", "merge", "eval", "reference", "compare", "results", "report", "card", "which", "fit",
+    "kv", "serve", "export", "chat", "convert", "convert-mlx", "publish", "run", "status",
 ]  # fmt: skip
 
 PLAN_KEYS = {"model", "tier", "total_bytes", "bpw", "tensors", "warnings"}

@@ -21,13 +21,13 @@ from apex_quant.cli.export import export
 from apex_quant.cli.fit import fit
 from apex_quant.cli.imatrix import imatrix_app
 from apex_quant.cli.kv import kv
-from apex_quant.cli.optimize import frontier, optimize
 from apex_quant.cli.measure import measure
+from apex_quant.cli.optimize import frontier, optimize
+from apex_quant.cli.pipeline import run, status
 from apex_quant.cli.publish import publish
 from apex_quant.cli.report import card, report, which
 from apex_quant.cli.results import compare, results
 from apex_quant.cli.serve import serve
-from apex_quant.cli.pipeline import run, status
 from apex_quant.errors import InputError, UsageError
 from apex_quant.sizes import parse_size as parse_size
 
