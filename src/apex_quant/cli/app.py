@@ -355,9 +355,16 @@ def quantize(
     threads: Threads = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan and check only")] = False,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="not the tier itself, but the measured allocation of its size")
+    ] = False,
+    sensitivity: Annotated[
+        Path | None, typer.Option("--sensitivity", metavar="FILE", help="of apex measure, for --measured")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make every requested file in one pass over the model. Interrupted, the same command goes on."""
+    from apex_quant.cli.optimize import quantize_measured
     from apex_quant.cli.progress import JobBar
     from apex_quant.cli.show import show_outputs, show_plan
     from apex_quant.encode.quantize import quantize as run
@@ -367,6 +374,11 @@ def quantize(
         pure, override_kv, prune_layers, split_max_size, keep_split, allow_requantize,
         fill,
     )  # fmt: skip
+    if measured:
+        quantize_measured(model, tier, imatrix, sensitivity, out, options, threads, force, dry_run, as_json)
+        return
+    if sensitivity is not None:
+        raise UsageError("--sensitivity is for --measured: a tier does not read it")
     with JobBar(f"quantizing {model.name}") as bar:
         result = run(
             model,

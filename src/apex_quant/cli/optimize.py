@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import time
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +22,7 @@ from apex_quant.errors import UsageError
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import Frontier
     from apex_quant.allocation.optimize import Optimized, OptimizeProgress
+    from apex_quant.recipe.planned import PlanOptions
 
 _CONTEXT = re.compile(r"(\d{1,9})([km]?)", re.IGNORECASE | re.ASCII)
 
@@ -191,6 +195,80 @@ def frontier(
         _print_json(made.to_json())
     else:
         show_frontier(_console(False), made)
+
+
+def quantize_measured(
+    model: Path,
+    tiers: list[str] | None,
+    imatrix: Path | None,
+    sensitivity: Path | None,
+    out: Path | None,
+    options: PlanOptions,
+    threads: int | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """`apex quantize --tier T --measured`: the measured twin of each tier, in the form of quantize's outputs."""
+    from apex_quant.allocation.optimize import measured_twin
+    from apex_quant.cli.app import _console, _print_json
+    from apex_quant.encode.quantize import expand_tiers
+
+    _refuse_choices(options, dry_run)
+    names = expand_tiers(tiers)
+    if names == [None]:
+        raise UsageError("--measured takes the size of a tier", hint="--tier i-compact, or apex optimize --size 12GB")
+    if len(names) > 1 and out is not None and out.suffix == ".gguf" and not out.is_dir():
+        raise UsageError(f"{out} is one file, and {len(names)} tiers are asked for", hint="name a folder")
+    outputs = []
+    for name in names:
+        started = time.monotonic()
+        with OptimizeBar(f"{model.stem} as {name}") as bar:
+            made = measured_twin(
+                model,
+                str(name),
+                imatrix=imatrix,
+                out=out,
+                options=options,
+                sensitivity=sensitivity,
+                threads=threads,
+                force=force,
+                progress=bar,
+            )
+        if not as_json:
+            show_optimized(_console(False), made)
+        outputs.append(
+            {
+                "tier": f"{name}-measured",
+                "path": str(made.output),
+                "bytes": made.total_bytes,
+                "bpw": made.bpw,
+                "sha256": _sha256(made.output) if as_json and made.output is not None else None,
+                "seconds": round(time.monotonic() - started, 3),
+                "optimized": made.to_json(),
+            }
+        )
+    if as_json:
+        _print_json({"outputs": outputs})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_choices(options: PlanOptions, dry_run: bool) -> None:
+    """What says which type a tensor gets, or what is written beside types, is not what a measured twin goes by."""
+    from apex_quant.recipe.planned import PlanOptions
+
+    known = {"fill", "allow_requantize"}
+    changed = [one.name for one in fields(PlanOptions) if one.name not in known and getattr(options, one.name)]
+    changed += ["dry_run"] if dry_run else []
+    if changed:
+        raise UsageError(
+            f"--measured does not go with --{changed[0].replace('_', '-')}",
+            hint="apex optimize -o recipe.txt, then apex quantize --recipe recipe.txt with what else is wanted",
+        )
 
 
 def parse_context(text: str) -> int:
