@@ -53,21 +53,24 @@ def test_ten_kills(finished: Path, tmp_path: Path, seed: int) -> None:
     work = tmp_path / "work"
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(PACKAGE_ROOT), str(Path(__file__).parents[2])]))
     known: dict[tuple[str, str], Any] = {}
-    cut = 0
-    for _ in range(10):
+    kills = 0
+    while kills < 10:
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=env, stderr=subprocess.PIPE)
         try:
             process.wait(timeout=chance.uniform(0.5, 5.0))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            cut += 1
         _, err = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), err.decode()
+        kills += process.returncode != 0
         now = stamps(work)
         assert known.items() <= now.items(), "a finished phase was repeated"
         known = now
+        if process.returncode == 0 and kills < 10:  # a fast machine comes to the end before the tenth: once more
+            assert contents(work) == contents(finished / "work")
+            shutil.rmtree(work)
+            known = {}
     made = small_run(tmp_path)
-    assert cut >= 5
     assert not {(phase, item) for phase, items in ran(made).items() for item in items} & set(known)
     assert contents(work) == contents(finished / "work")
     assert numbers(work) == numbers(finished / "work")
