@@ -75,10 +75,13 @@ def ours(*words: Any) -> dict[str, Any]:
     return document
 
 
-def perplexity(tool: Path, model: Path, folder: Path, threads: int, chunks: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second and both values, on the held-out text."""
-    text = folder / "text.txt"
-    text.write_text("\n".join(document.text for document in heldout() if document.text))
+def perplexity(
+    tool: Path, model: Path, text: Path | None, folder: Path, threads: int, chunks: int, rounds: int
+) -> dict[str, Any]:
+    """Tokens a second and both values, on `text` or the held-out text."""
+    if text is None:
+        text = folder / "text.txt"
+        text.write_text("\n".join(document.text for document in heldout() if document.text))
     ctx, number = 512, iter(range(10_000))
     command = [tool, "-m", model, "-f", text, "-c", ctx, "-t", threads, "--chunks", chunks]
     words = [model, "--only", "ppl", "--text", text, "--ctx", ctx, "--chunks", chunks, "-j", threads]
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=embedded_model())
     parser.add_argument("--tools", type=Path, help="folder with llama-perplexity")
     parser.add_argument("--bench", type=Path, help="llama-bench")
+    parser.add_argument("--text", type=Path, help="instead of the held-out text, which has some 60 chunks")
     parser.add_argument("--hellaswag", type=Path, help="hellaswag_val_full.txt")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--vocabulary", type=int, default=150_000)
@@ -207,7 +211,7 @@ def main() -> None:
             print(json.dumps(memory(folder, given.vocabulary, given.ctx), indent=1))
         if given.tools is not None:
             tool = given.tools / "llama-perplexity"
-            found = perplexity(tool, given.model, folder, given.threads, given.chunks, given.rounds)
+            found = perplexity(tool, given.model, given.text, folder, given.threads, given.chunks, given.rounds)
             print(json.dumps(found, indent=1), flush=True)
             if given.hellaswag is not None:
                 tasks = hellaswag(tool, given.model, given.hellaswag, folder, given.threads, given.tasks, given.rounds)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apex_quant.pipeline import steps_checks
+from apex_quant.pipeline import jobs, steps_checks
 from apex_quant.pipeline.smoke import CEILINGS, ceiling, generate_once, judge, looping, written_before
 from apex_quant.publishable import publishable
 from apex_quant.recipe.tiers import tier_names
@@ -85,7 +85,7 @@ def test_the_full_model_writes_once(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_writes_garbage_is_quarantined(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps_checks, "generate", lambda *_: written([7] * 64, [7] * 64, [7] * 64))
+    monkeypatch.setattr(jobs, "generate", lambda *_: written([7] * 64, [7] * 64, [7] * 64))
     monkeypatch.setattr(steps_checks, "generate_once", lambda *_: written(*[list(range(64))] * 3))
     made = small_run(again, tiers=["quality"], verify={"generate": 9, "rebuild": "none"}, phases={"from": "verify"})
     assert ran(made) == {"verify": ("quality",)}  # and no time is spent on measuring it

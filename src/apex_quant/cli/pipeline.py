@@ -102,7 +102,9 @@ def run(
     threads: Annotated[int | None, typer.Option("-j", "--threads", min=1, help="threads (all processors)")] = None,
     gpu_layers: Annotated[int | None, typer.Option("--gpu-layers", min=-1, help="on the GPU; -1 for all")] = None,
     cpu_experts: Annotated[bool, typer.Option("--cpu-experts", help="routed experts stay in main memory")] = False,
-    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="a Ray cluster (not built yet)")] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="share the work in a cluster: HOST:PORT, auto, local")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key of docs/config.md; repeat")
     ] = None,
@@ -220,7 +222,8 @@ class RunProgress:
         self._bar = self._kind = None
 
     def _line(self, event: PhaseEvent) -> None:
-        self._phase = event.phase
+        if event.kind != "note":
+            self._phase = event.phase
         name = f"{event.phase:<10}"
         match event.kind:
             case "run":

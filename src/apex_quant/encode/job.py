@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apex_quant.encode.groups import encode_groups
 from apex_quant.encode.output import Output, content_hash
 from apex_quant.encode.tasks import Task, Write, uses_importance
 from apex_quant.errors import UsageError
 from apex_quant.gguf import GGUFModel, TensorInfo, require_space, stock_order
 from apex_quant.importance.fill import NO_PRIOR
-from apex_quant.native import Child, library_info
+from apex_quant.native import Child, Workers, library_info
 from apex_quant.recipe.planned import Plan
 
 # Encoders that need a grid table which takes seconds to build come last, the slowest last of all: meanwhile the
@@ -112,8 +113,10 @@ def run_job(
     about: Mapping[str, Any] | None = None,
     progress: Callable[[JobProgress], None] | None = None,
     child: Child | None = None,
+    workers: Workers | None = None,
 ) -> tuple[list[Output], JobResult]:
-    """Make all planned files of `model`; `plans` pairs each with its target path.
+    """Make all planned files of `model`; `plans` pairs each with its target path. With `workers` they do the encoding,
+    in groups of tensors, and all files must be where they see them.
 
     Raises UsageError (a foreign file in the way), ResourceError (disk, library), InputError (a source value that is
     not finite), NativeError (the library died). Whatever was finished before stays and is not made again.
@@ -126,6 +129,7 @@ def run_job(
     ]
     try:
         about = {"source": [str(file.path) for file in model.files], **(about or {})}
+        about["shared"] = workers is not None
         for output in outputs:
             _refuse_inputs(output, [*(Path(file.path) for file in model.files), *([imatrix] if imatrix else [])])
             output.look(force=force)
@@ -136,7 +140,8 @@ def run_job(
         if not pending:
             return outputs, JobResult(0, 0, 0, 0, "", "")
         working = [output for output in pending if len(output.done) < len(output.plan.tensors)]
-        result = _encode(model, working, make_tasks(model, working), imatrix, prior, threads, report, child)
+        tasks = make_tasks(model, working)
+        result = _encode(model, working, tasks, imatrix, prior, threads, report, child, workers if tasks else None)
         _finish(model, outputs, result, threads, report)
         return outputs, result
     finally:
@@ -184,6 +189,7 @@ def _encode(
     threads: int,
     report: Callable[[JobProgress], None],
     child: Child | None,
+    workers: Workers | None,
 ) -> JobResult:
     by_name = {task.name: task for task in tasks}
     names = _names_by_source(outputs)
@@ -203,29 +209,33 @@ def _encode(
                 for file, _ in write.places:
                     number = places[file]
                     name = names[number][task.name]
-                    share = seconds / len(write.places) / threads
+                    share = seconds / len(write.places) / event.get("threads", threads)
                     news.setdefault(number, []).append((name, done["sha256"], share))
         for number, entries in news.items():
             outputs[number].journal.add(entries)
 
     distinct = sum(task.rows for task in tasks for write in task.writes if write.kind != task.kind)
-    payload = {
+    payload: dict[str, Any] = {
         "source": str(model.path),
         "imatrix": str(imatrix) if imatrix is not None else None,
         "prior": prior,
         "names": [str(path) for output in outputs for path in output.paths],
-        "tasks": [task.to_json() for task in tasks],
         "threads": threads,
-        "sections": [section.to_json() for section in sections],
     }
-    with child or Child(EXECUTOR, single_blas=True) as process:
-        result = process.run(
-            f"{EXECUTOR}:run",
-            payload,
-            on_event,
-            step=f"encoding {model.path.name}",
-            pass_fds=[file.fileno() for output in outputs for file in output.files],
-        )
+    if workers is not None:
+        reads = [*(Path(file.path) for file in model.files), *([imatrix] if imatrix else [])]
+        result = encode_groups(workers, tasks, payload, reads, on_event)
+    else:
+        payload["tasks"] = [task.to_json() for task in tasks]
+        payload["sections"] = [section.to_json() for section in sections]
+        with child or Child(EXECUTOR, single_blas=True) as process:
+            result = process.run(
+                f"{EXECUTOR}:run",
+                payload,
+                on_event,
+                step=f"encoding {model.path.name}",
+                pass_fds=[file.fileno() for output in outputs for file in output.files],
+            )
     return JobResult(
         bytes_read=result["bytes_read"],
         source_bytes=bytes_total,
@@ -233,7 +243,8 @@ def _encode(
         rows_distinct=distinct,
         ggml_version=result["ggml_version"],
         ggml_commit=result["ggml_commit"],
-        data_sha256={output.target: sha for output, sha in zip(outputs, result["data_sha256"], strict=True)},
+        # of groups nobody saw the whole: the files are read again for it
+        data_sha256={output.target: sha for output, sha in zip(outputs, result["data_sha256"], strict=False)},
     )
 
 

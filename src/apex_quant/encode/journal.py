@@ -28,11 +28,13 @@ class Journal:
         self.tensors: dict[str, str] = {}
         self.finished: dict[str, Any] | None = None
         self.seconds = 0.0
+        self.shared = False  # written by other machines, which may not have noticed yet that they should stop
         self._whole = 0
 
     def load(self) -> None:
         """Read what an earlier run left, up to the first line that is torn or not ours."""
         self.spec, self.tensors, self.finished, self.seconds, self._whole = None, {}, None, 0.0, 0
+        self.shared = False
         try:
             lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn
         except OSError:
@@ -49,7 +51,9 @@ class Journal:
         if self.spec is None:
             if entry["apex_journal"] != FORMAT:
                 raise ValueError
-            self.spec = str(entry["spec"])
+            self.spec, self.shared = str(entry["spec"]), bool(entry.get("shared", False))
+        elif "shared" in entry:
+            self.shared = True
         elif "tensor" in entry:
             name, digest, seconds = str(entry["tensor"]), str(entry["sha256"]), float(entry["seconds"])
             self.tensors[name] = digest
@@ -62,6 +66,7 @@ class Journal:
     def begin(self, spec: str, about: dict[str, Any]) -> None:
         """Start over with this specification."""
         self.spec, self.tensors, self.finished, self.seconds = spec, {}, None, 0.0
+        self.shared = bool(about.get("shared", False))
         # emptied in place and not replaced: an old journal must not come back after a power cut
         self._append([{"apex_journal": FORMAT, "spec": spec, "started": _now(), **about}], os.O_TRUNC)
 
@@ -71,6 +76,12 @@ class Journal:
             os.truncate(self.path, self._whole)
         except OSError as error:
             raise ResourceError(f"{self.path}: cannot be repaired: {error.strerror}") from None
+
+    def share(self) -> None:
+        """Record that other machines write from now on, before they do."""
+        if not self.shared:
+            self.shared = True
+            self._append([{"shared": True}])
 
     def add(self, tensors: list[tuple[str, str, float]]) -> None:
         """Record (name, sha256 of the source bytes, thread seconds) of tensors whose data is on disk."""

@@ -99,6 +99,8 @@ class Output:
         # a journal without any tensor may be older than the partial file's header
         if self._same and self.journal.tensors and not self.journal.finished and whole:
             self.journal.repair()
+            if about.get("shared"):
+                self.journal.share()
         elif self.written is None:
             self._begin(dict(about))
             return
@@ -165,6 +167,10 @@ class Output:
         return {tensor.name: tensor.source for tensor in self.plan.tensors}
 
     def _begin(self, about: dict[str, Any]) -> None:
+        if self.journal.shared:  # another machine may still write other bytes into the old file: let it
+            for number, path in enumerate(self.paths):
+                self.files[number].abandon()
+                self.files[number] = _locked(path)
         self.journal.begin(self.spec, about | {"tier": self.plan.tier, "output": str(self.target)})
         for file, part in zip(self.files, self.layouts, strict=True):
             file.truncate(0)

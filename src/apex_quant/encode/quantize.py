@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apex_quant.encode.groups import EVERY
 from apex_quant.encode.job import EXECUTOR, JobProgress, JobResult, run_job
 from apex_quant.encode.output import WrittenFile
 from apex_quant.encode.tasks import uses_importance
 from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
-from apex_quant.native import Child, library_info
+from apex_quant.native import Child, Workers, library_info
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.planned import Plan, PlanOptions
 from apex_quant.recipe.tiers import Tier, published_tiers
@@ -81,6 +82,7 @@ def quantize(
     options: PlanOptions | None = None,
     fill: str | None = None,
     progress: Callable[[JobProgress], None] | None = None,
+    workers: Workers | None = None,
 ) -> Quantized:
     """Quantize `model` (a GGUF, any shard) to one or more tiers in one pass over its data.
 
@@ -89,6 +91,7 @@ def quantize(
     one) for MODEL-APEX-TIER.gguf names. `fill` is options.fill: 'prior' shrinks the importance of thinly covered
     experts towards their tensor's mean, 'none' is llama-quantize's rule. `threads` defaults to the processors this
     process may use. The same call after an interruption goes on from where it stopped and ends with the same bytes.
+    `workers`: machines that encode groups of tensors (model, matrix and outputs lie on a disk that all of them see).
 
     Raises UsageError, InputError, ResourceError or NativeError; finished work is kept.
     """
@@ -99,9 +102,11 @@ def quantize(
     tiers = expand_tiers(tier)
     with ExitStack() as stack:
         # the child needs 0.3 s to start, which pass while the outputs are planned here
-        usable = not dry_run and library_info().problem is None
+        usable = not dry_run and workers is None and library_info().problem is None
         child = stack.enter_context(Child(EXECUTOR, single_blas=True)) if usable else None
         opened = stack.enter_context(open_model(model))
+        if workers is not None and isinstance(imatrix, Importance):
+            raise UsageError("other machines need the importance matrix as a file", hint="write it, and give its path")
         matrix_path, matrix = _importance(imatrix, stack)
         plans = [plan(opened, one, imatrix=matrix, options=options) for one in tiers]
         for one in plans:
@@ -116,16 +121,18 @@ def quantize(
         problem = library_info().problem
         if problem:
             raise ResourceError(f"{problem}, so nothing can be encoded", hint="`apex doctor` says how to get it")
+        threads = threads or (usable_cpus() if workers is None else EVERY)
         done, job = run_job(
             opened,
             list(zip(plans, targets, strict=True)),
             imatrix=matrix_path,
             imatrix_sha256=matrix.sha256 if matrix else None,
-            threads=threads or usable_cpus(),
+            threads=threads,
             force=force,
-            about={"command": sys.argv, "threads": threads or usable_cpus()},
+            about={"command": sys.argv, "threads": threads},
             progress=progress,
             child=child,
+            workers=workers,
         )
     outputs = []
     for output in done:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apex_quant.errors import UsageError
+from apex_quant.native import Local, Workers
 from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.phases import PENDING
 from apex_quant.pipeline.state import Record, State, digest_of
@@ -47,7 +48,8 @@ class Artifact:
 
 @dataclass
 class Context:
-    """One run. `pending`: (phase, item) that will have run before what is looked at now runs."""
+    """One run. `pending`: (phase, item) that will have run before what is looked at now runs. `cluster`: machines that
+    share the work, None where this one does it alone."""
 
     config: RunConfig
     work: Path
@@ -55,6 +57,7 @@ class Context:
     tell: Callable[[Any], None] = lambda event: None
     yes: bool = False
     pending: set[tuple[str, str]] = field(default_factory=set)
+    cluster: Workers | None = None
 
     @property
     def release(self) -> Path:
@@ -63,6 +66,11 @@ class Context:
     @property
     def name(self) -> str:
         return self.config.model_name
+
+    @property
+    def workers(self) -> Workers:
+        """Who does independent jobs."""
+        return self.cluster or Local()
 
     @property
     def is_gguf(self) -> bool:

@@ -7,12 +7,14 @@ for file in made.files: print(file.tier, file.path, file.kld, file.quarantined)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_quant.errors import ApexError, ResourceError, UsageError
+from apex_quant.errors import ApexError, UsageError
+from apex_quant.native import Workers
 from apex_quant.pipeline import disk
 from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import RunConfig, load_config
@@ -47,8 +49,6 @@ def run(
     that was finished is recorded. Files that failed their checks raise nothing: they are quarantined in the result.
     """
     config = configured(source, options)
-    if config.ray is not None:
-        raise ResourceError("this version runs on one machine: there is no Ray backend yet", hint="leave ray away")
     work = config.work_folder.absolute()
     selected = config.phases.selected()
     tell = progress or (lambda event: None)
@@ -60,10 +60,10 @@ def run(
         runs = [PhaseRun.of(one) for one in looks]
         return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates))
     started = time.monotonic()
-    with exclusive(work):
+    with exclusive(work), _machines(config, tell) as machines:
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
-        context = Context(config, work, State(work).load(), tell, yes=yes)
+        context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines)
         context.state.about |= {"source": config.source, "name": config.model_name, "config": config.to_json()}
         runs = _Engine(context, selected, set(selected) if force else set()).run()
         context.state.prune()
@@ -80,6 +80,19 @@ def configured(source: str | Path | RunConfig, options: dict[str, Any]) -> RunCo
     if str(source).lower().endswith((".yaml", ".yml")):
         return load_config(source, options)
     return load_config(None, {"source": str(source), **options})
+
+
+@contextmanager
+def _machines(config: RunConfig, tell: Callable[[Any], None]) -> Iterator[Workers | None]:
+    """The cluster, where one is to share the work. Raises as cluster()."""
+    if config.ray is None:
+        yield None
+        return
+    from apex_quant.pipeline.cluster import cluster
+
+    with cluster(config.ray, lambda text: tell(PhaseEvent("note", "ray", text))) as machines:
+        tell(PhaseEvent("note", "ray", f"machines: {machines.places}"))
+        yield machines
 
 
 def _took(context: Context) -> dict[str, dict[str, float]]:

@@ -267,7 +267,9 @@ class RunConfig(Section):
     )
     threads: int | None = key(None, "null: all processors", ge=1, le=1024)
     keep: bool = key(False, "keep the converted full-precision GGUF when no later phase needs it")
-    ray: str | None = key(None, "address of a Ray cluster that shares this disk, or auto")
+    ray: str | None = key(
+        None, "Ray cluster that shares this disk: HOST:PORT, auto (the one of this machine), local (start one)"
+    )
     phases: Phases = key(Phases(), "")
     convert: Convert = key(Convert(), "")
     reference: Reference = key(Reference(), "")

@@ -6,16 +6,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apex_quant.errors import InputError, NativeError
-from apex_quant.pipeline.context import Artifact, Context
+from apex_quant.native import Job
+from apex_quant.pipeline.context import Context
+from apex_quant.pipeline.jobs import VERIFY, evaluate_file
+from apex_quant.pipeline.measuring import (
+    HARNESS,
+    NATIVE,
+    Target,
+    measure_files,
+    other_processors,
+    parts_folder,
+    reference,
+    request,
+    run_told,
+)
 from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.quarantine import note_of, quarantine
-from apex_quant.pipeline.smoke import PROMPTS, ceiling, generate, generate_once, judge, written_before
+from apex_quant.pipeline.smoke import PROMPTS, ceiling, generate_once, written_before
 from apex_quant.pipeline.steps_files import matrix
-from apex_quant.pipeline.steps_model import measured
 from apex_quant.pipeline.wanted import wanted
-
-NATIVE, HARNESS = ("native", "all"), ("harness", "all")
 
 
 def _prompts(context: Context) -> tuple[str, ...]:
@@ -57,50 +66,35 @@ def verify_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
             source.path, source.digest, _greedy(context), _prompts(context), given.generate,
             context.config.session_options(),
         )  # fmt: skip
-    for item in items:
+    jobs = [_verification(context, item, expected) for item in items]
+    for done in run_told(context, "verify", jobs):
+        item, problems, facts = items[done.number], done.result["problems"], done.result["facts"]
         path = context.artifact("quantize", "model", item.name).path
-        problems, facts = _checked(context, path, item.about["weighted"])
-        if given.generate and not problems:
-            wrong, written = _written(context, path, expected)
-            problems += wrong
-            facts["texts"] = [one["text"] for one in written]
         outputs = {}
         if problems:
             outputs["quarantine"] = [quarantine(path, "verify", problems, facts)]
             facts["quarantined"] = "; ".join(problems)
             context.note("verify", f"{path.name} is quarantined: {facts['quarantined']}")
-        yield Done(item, outputs, {**facts, "ok": not problems})
+        yield Done(item, outputs, {**facts, "ok": not problems}, seconds=done.seconds)
 
 
-def _checked(context: Context, path: Path, weighted: bool) -> tuple[list[str], dict[str, Any]]:
-    from apex_quant.encode.verify import verify
-
-    rebuild = context.config.verify.rebuild
-    uses = weighted and rebuild != "none"
-    try:
-        found = verify(
-            path,
-            source=context.model().path if rebuild != "none" else None,
-            imatrix=matrix(context, weighted) if uses else None,
-            everything=rebuild == "all",
-            threads=context.config.threads,
-            progress=context.tell,
-        )
-    except InputError as error:
-        return [error.message], {}
-    failed = [f"{check.name}: {check.detail}" for check in found.checks if check.ok is False]
-    return failed, {"checks": {check.name: check.detail for check in found.checks if check.ok}}
-
-
-def _written(
-    context: Context, path: Path, expected: Sequence[dict[str, Any]]
-) -> tuple[list[str], list[dict[str, Any]]]:
-    given = context.config.verify
-    try:
-        written = generate(path, _prompts(context), given.generate, context.config.session_options())
-    except (InputError, NativeError) as error:  # it is this file that llama.cpp cannot run: the source it could
-        return [f"llama.cpp cannot run it: {error.message}"], []
-    return judge(written, expected), written
+def _verification(context: Context, item: Item, expected: Sequence[dict[str, Any]]) -> Job:
+    given, files = context.config.verify, context.artifact("quantize", "model", item.name).paths
+    rebuilds = given.rebuild != "none"
+    source = context.model().paths if rebuilds else ()
+    weights = matrix(context, item.about["weighted"]) if rebuilds else None
+    payload = {
+        "path": str(files[0]),
+        "source": str(source[0]) if source else None,
+        "imatrix": str(weights) if weights is not None else None,
+        "everything": given.rebuild == "all",
+        "generate": given.generate,
+        "prompts": list(_prompts(context)),
+        "expected": list(expected),
+        "options": context.config.session_options().model_dump(mode="json"),
+    }
+    reads = [*files, *source, *([weights] if weights is not None else [])]
+    return Job(VERIFY, lambda: payload, f"verifying {files[0].name}", reads)
 
 
 # --- evaluate ---
@@ -108,11 +102,6 @@ def _written(
 
 def evaluate_unused(context: Context) -> str | None:
     return "the evaluation suite is none" if context.config.evaluate.suite == "none" else None
-
-
-def reference(context: Context) -> Artifact | None:
-    """The full model's predictions, where files are measured against them."""
-    return context.artifact("reference", "reference") if measured(context) is None else None
 
 
 def _settings(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
@@ -150,7 +139,7 @@ def evaluate_claims(context: Context, item: Item) -> Iterable[Path]:
     note = note_of(path)
     # a note of verify's is not this phase's to delete
     mine = [] if context.facts("verify", item.name).get("quarantined") else [note]
-    return [results / f"{stem}.json", results / f"{stem}.npz", *mine]
+    return [results / f"{stem}.json", results / f"{stem}.npz", *mine, parts_folder(context, results / f"{stem}.json")]
 
 
 def evaluate_weights(context: Context) -> bool:
@@ -159,10 +148,14 @@ def evaluate_weights(context: Context) -> bool:
 
 def evaluate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     """Each file against the reference; a mean KLD above its tier's ceiling quarantines it. Raises as evaluate()."""
-    for item in items:
-        path = context.artifact("quantize", "model", item.name).path
-        out = next(iter(evaluate_claims(context, item)))
-        found = measure(context, path, out)
+    targets = [
+        Target(context.artifact("quantize", "model", item.name).paths, next(iter(evaluate_claims(context, item))))
+        for item in items
+    ]
+    measured = {}
+    for number, found, seconds in measure_files(context, "evaluate", targets):
+        item, (path, *_), out = items[number], *targets[number]
+        measured[path.name] = found
         kld = (found.metrics.get("kld") or {}).get("mean")
         limit = ceiling(item.name, context.facts("quantize", item.name)["bpw"], context.config.verify.kld_ceiling)
         facts: dict[str, Any] = {"kld": kld, "ceiling": limit}
@@ -174,41 +167,9 @@ def evaluate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
             context.note("evaluate", f"{path.name} is quarantined: {reason}")
         for warning in found.warnings:
             context.note("evaluate", f"{path.name}: {warning}")
-        yield Done(item, outputs, facts)
-
-
-def measure(context: Context, path: Path, out: Path) -> Any:
-    """What the configured suite says of a file, in `out`. The same call after an interruption goes on."""
-    from apex_quant.evaluation.evaluate import evaluate
-    from apex_quant.evaluation.harness import HarnessPlan
-    from apex_quant.evaluation.speed import SpeedPlan
-
-    given = context.config.evaluate
-    against = reference(context)
-    native = given.suite in NATIVE
-    harness = None
-    if given.suite in HARNESS:
-        chosen = given.harness
-        harness = HarnessPlan(chosen.tasks, chosen.limit, chosen.allow_code, chosen.chat, chosen.parallel)
-    files = dict(given.task_files) if native else {}
-    only = (given.only or None) if native else ()
-    whole = context.model().paths
-    return evaluate(
-        path,
-        reference=against.path if against is not None else None,
-        source=whole[0] if whole and whole[0].exists() else None,
-        only=only,
-        ctx=context.config.reference.ctx,
-        floor=given.floor and native,
-        tasks=given.tasks,
-        task_files=files,
-        seed=given.seed,
-        speed=SpeedPlan() if native and (only is None or "speed" in only) else None,
-        harness=harness,
-        out=out,
-        options=context.config.session_options(),
-        progress=context.tell,
-    )
+        yield Done(item, outputs, facts, seconds=seconds)
+    if (differing := other_processors(measured)) is not None:
+        context.note("evaluate", differing)
 
 
 def results_of(out: Path) -> dict[str, list[Path]]:
@@ -254,7 +215,7 @@ def baselines_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         facts = []
         for one in baseline_files(item.name, progress=context.tell):
             out = folder / f"{one.path.name.removesuffix('.gguf')}.json"
-            measure(context, one.path, out)
+            evaluate_file(request(context, Target([one.path], out)), None, context.tell)
             for label, paths in results_of(out).items():
                 outputs[label] += paths
             size = sum(file.size for file in one.files)

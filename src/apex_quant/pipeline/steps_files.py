@@ -192,6 +192,7 @@ def _pass(context: Context, group: Sequence[Wanted], items: dict[str, Item]) -> 
         force=True,  # what lies there of another key was cleared away; what is finished is found, not made again
         options=options,
         progress=context.tell,
+        workers=context.cluster,
     )
     for one, output in zip(group, made.outputs, strict=True):
         facts = {"tier": output.tier, "bytes": output.bytes, "bpw": output.bpw, "importance": output.plan.importance}
