@@ -10,13 +10,14 @@ import fnmatch
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from apex_quant.encode.journal import Journal
 from apex_quant.errors import InputError, UsageError
-from apex_quant.gguf import open_model
+from apex_quant.gguf import GGUFModel, open_model
+from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.recipe.metadata import DATA_HASH
 
 MOST_BYTES: Final = 48_000_000_000  # of one file: the hub's web downloads end at 50 GB
@@ -25,7 +26,7 @@ _MOST_JSON: Final = 256 << 20
 QUARANTINE: Final = ".quarantine.json"
 SUMS: Final = "SHA256SUMS"
 
-Kind = Literal["model", "imatrix", "recipe", "results", "report", "card", "sums"]
+Kind = Literal["model", "projector", "imatrix", "recipe", "results", "report", "card", "sums"]
 # first match wins; of the path inside the folder, lower case
 _KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("report/*", "report"),
@@ -83,8 +84,8 @@ def publishable(directory: str | Path) -> Publishable:
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder", hint="apex publish takes the folder with the files to publish")
     files, left_out = _listed(root)
-    models, matrices = _models(files)
-    files = [_as_matrix(file) if file.path in matrices else file for file in files]
+    models, others = _models(files)
+    files = [replace(file, kind=others.get(file.path, file.kind)) for file in files]
     files, unproven = _results_only(files)
     left_out += unproven
     whole = {model.paths[0] for model in models if len(model.paths) == 1}
@@ -130,25 +131,30 @@ def kind_of(path: str) -> Kind | None:
     return next((kind for pattern, kind in _KINDS if fnmatch.fnmatchcase(path.lower(), pattern)), None)
 
 
-def _models(files: list[LocalFile]) -> tuple[list[Model], set[str]]:
-    """The models, shards together, and the paths that are importance matrices. InputError for a missing shard."""
+def _models(files: list[LocalFile]) -> tuple[list[Model], dict[str, Kind]]:
+    """The models, shards together, and the GGUF files that are something else. InputError for a missing shard."""
     groups: dict[str, list[LocalFile]] = {}
     for file in files:
         if file.kind == "model":
             shard = _SHARD.fullmatch(file.path)
             groups.setdefault(f"{shard['prefix']}/{shard['count']}" if shard else file.path, []).append(file)
-    models, matrices = [], set()
+    models: list[Model] = []
+    others: dict[str, Kind] = {}
     for group in groups.values():
         with open_model(group[0].file) as opened:
-            if opened.get("general.type") == "imatrix":
-                matrices.add(group[0].path)
-            else:
-                models.append(Model(tuple(file.path for file in group), group[0].file))
-    return models, matrices
+            kind = _kind_inside(opened)
+        if kind == "model":
+            models.append(Model(tuple(file.path for file in group), group[0].file))
+        else:
+            others |= {file.path: kind for file in group}
+    return models, others
 
 
-def _as_matrix(file: LocalFile) -> LocalFile:
-    return LocalFile(file.path, file.file, "imatrix", file.bytes, file.mtime_ns)
+def _kind_inside(opened: GGUFModel) -> Kind:
+    """A projector stays as the converter wrote it: there is no journal of it, and nothing in it is measured."""
+    if opened.get("general.type") == "imatrix":
+        return "imatrix"
+    return "projector" if opened.architecture in PROJECTOR_ARCHITECTURES else "model"
 
 
 def _results_only(files: list[LocalFile]) -> tuple[list[LocalFile], list[str]]:

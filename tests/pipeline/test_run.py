@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from apex_quant.pipeline.state import exclusive
 from apex_quant.pipeline.status import status
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
+from tests.helpers.generic_models import write_generic
 from tests.pipeline.conftest import ran, small_run
 
 
@@ -210,3 +212,23 @@ def test_quarantined_files_end_with_status_3(again: Path, call: Call, monkeypatc
     assert done.status == 3
     assert done.err.splitlines()[0] == "error: 1 of 2 files are quarantined: quality: garbage"
     assert "i-compact" in done.out
+
+
+def test_a_projector_is_published_as_it_is(finished: Path, tmp_path: Path) -> None:
+    """A finished one, named by the user; publishable() asks for no journal of it."""
+    for name in ("Small-BF16.gguf", "corpus.txt"):
+        shutil.copy2(finished / name, tmp_path / name)
+    tensors = {"v.patch_embd.weight": ((16, 16), "F16")}
+    projector = write_generic(tmp_path / "mm.gguf", "clip", tensors, **{"/general__file_type": 1})
+    made = small_run(tmp_path, convert={"mmproj": str(projector)}, phases={"only": ["source"]})
+    assert ran(made) == {"source": ("", "mmproj")}
+    beside = tmp_path / "work/release/mmproj-Small-BF16.gguf"
+    assert beside.samefile(projector)
+    listed = publishable(beside.parent)
+    assert [(file.path, file.kind) for file in listed.files] == [(beside.name, "projector")]
+    assert listed.models == ()
+    assert ran(small_run(tmp_path, convert={"mmproj": str(projector)}, phases={"only": ["source"]})) == {}
+    with pytest.raises(InputError, match="not a projector"):
+        small_run(tmp_path, convert={"mmproj": str(tmp_path / "Small-BF16.gguf")}, phases={"only": ["source"]})
+    with pytest.raises(InputError, match="no such file"):
+        small_run(tmp_path, convert={"mmproj": str(tmp_path / "none.gguf")}, phases={"only": ["source"]})

@@ -135,7 +135,8 @@ def run(
     from apex_quant.pipeline.engine import configured
     from apex_quant.pipeline.engine import run as pipeline
 
-    config = configured(source, options)
+    notes = _console(True)
+    config = configured(source, options, lambda note: notes.print(f"config: {safe(note)}"))
     console = _console(as_json)
     with RunProgress() as progress:
         made = pipeline(config, yes=yes, dry_run=dry_run, force=force, progress=progress)

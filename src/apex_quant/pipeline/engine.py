@@ -48,10 +48,10 @@ def run(
     Raises UsageError, InputError, ResourceError (BusyError while another run has the folder) or NativeError; all
     that was finished is recorded. Files that failed their checks raise nothing: they are quarantined in the result.
     """
-    config = configured(source, options)
+    tell = progress or (lambda event: None)
+    config = configured(source, options, lambda note: tell(PhaseEvent("note", "config", note)))
     work = config.work_folder.absolute()
     selected = config.phases.selected()
-    tell = progress or (lambda event: None)
     if dry_run:
         context = Context(config, work, State(work).load(), tell, yes=yes)
         looks = look(context, PHASES, selected, force=selected if force else ())
@@ -71,14 +71,16 @@ def run(
         return summarize(context, runs, time.monotonic() - started, dry_run=False)
 
 
-def configured(source: str | Path | RunConfig, options: dict[str, Any]) -> RunConfig:
-    """The configuration that a source and keys stand for. Raises UsageError or InputError."""
+def configured(
+    source: str | Path | RunConfig, options: dict[str, Any], say: Callable[[str], None] | None = None
+) -> RunConfig:
+    """The configuration that a source and keys stand for; `say` as load_config. Raises UsageError or InputError."""
     if isinstance(source, RunConfig):
         if options:
             raise UsageError("a RunConfig is complete: put the options into it")
         return source
     if str(source).lower().endswith((".yaml", ".yml")):
-        return load_config(source, options)
+        return load_config(source, options, say=say)
     return load_config(None, {"source": str(source), **options})
 
 

@@ -111,7 +111,8 @@ class Convert(Section):
 
     outtype: Literal["auto", "bf16", "f16", "f32"] = key("auto", "auto takes the 16-bit type of the weights")
     mmproj: bool | str = key(
-        "auto", "projector of a vision model as a file of its own: auto, true, false, or a finished FILE or REPO:FILE"
+        "auto",
+        "projector of a vision model, beside the other files: auto, true, false, or a finished FILE or REPO:FILE",
     )
     nextn: bool = key(True, "keep NextN/MTP blocks")
     pre: str | None = key(None, "llama.cpp's splitting rule for a vocabulary that the converter does not know")

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import open_model
+from apex_quant.pipeline import steps_projector
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item, Need
@@ -21,6 +22,10 @@ _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 def source_items(context: Context) -> list[Item]:
+    return [*_weights(context), *steps_projector.finished_items(context)]
+
+
+def _weights(context: Context) -> list[Item]:
     config = context.config
     if config.is_hub:
         about = {"repo": config.source, "revision": config.revision, "files": config.source_files}
@@ -48,6 +53,8 @@ def source_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     for item in items:
         if item.parameters["kind"] == "gguf":
             yield _gguf(context, item)
+        elif item.parameters["kind"] == steps_projector.NAME:
+            yield steps_projector.finished(context, item)
         elif item.parameters["kind"] == "checkpoint":
             yield Done(item, {"files": item.about["files"]}, _described(Path(context.config.source)))
         else:
@@ -56,6 +63,8 @@ def source_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
 
 def source_claims(context: Context, item: Item) -> Iterable[Path]:
     """Links under the run's own name."""
+    if item.parameters["kind"] == steps_projector.NAME:
+        return [steps_projector.published(context)]
     return [] if item.parameters["kind"] != "gguf" else _links(context, item.about["shards"])
 
 
@@ -160,13 +169,14 @@ def convert_items(context: Context) -> list[Item]:
     shared = {"pre": given.pre, "trust_remote_code": given.trust_remote_code, "name": _title(context)}
     items = [Item("", {**shared, "outtype": given.outtype, "nextn": given.nextn}, digest)]
     if given.mmproj is True or (given.mmproj == "auto" and context.facts("source").get("projector")):
-        items.append(Item("mmproj", {**shared, "outtype": given.outtype}, digest))
+        items.append(Item(steps_projector.NAME, {**shared, "outtype": given.outtype}, digest))
     return items
 
 
 def convert_claims(context: Context, item: Item) -> Iterable[Path]:
     name = re.sub(r"[^\w.+-]+", "-", context.name)
-    return [context.work / "source" / (f"mmproj-{name}.gguf" if item.name == "mmproj" else f"{name}.gguf")]
+    whole = context.work / "source" / f"{name}.gguf"
+    return [steps_projector.published(context) if item.name == steps_projector.NAME else whole]
 
 
 def convert_disk(context: Context, items: Sequence[Item]) -> Iterable[Need]:
@@ -189,7 +199,7 @@ def convert_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
                 folder,
                 out,
                 outtype=given.outtype,
-                mmproj=item.name == "mmproj",
+                mmproj=item.name == steps_projector.NAME,
                 nextn=given.nextn,
                 name=item.parameters["name"],
                 pre=given.pre,
