@@ -126,3 +126,18 @@ def test_help(call: Call) -> None:
         assert call(name, "--help").status == 0
         for parameter in group.commands[name].params:
             assert parameter.help or parameter.name == "help"
+
+
+def test_import(call: Call, tmp_path: Path) -> None:
+    """Others' results become files like ours, and none that is there is lost."""
+    log, out = tmp_path / "theirs.csv", tmp_path / "out"
+    log.write_text("name,size_gib,kld,ppl\nM-Q4_K_M.gguf,12.5,0.0214,6.56\nM-Q6_K.gguf,20,0.002,6.54\n")
+    made = call("results", log, "--import", out, "--json").json
+    assert [(row["name"], row["metrics"]["kld"]["mean"]["value"]) for row in made["results"]] == [
+        ("M-Q4_K_M", 0.0214), ("M-Q6_K", 0.002),
+    ]  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == ["M-Q4_K_M.json", "M-Q6_K.json"]
+    assert "exists already" in call("results", log, "--import", out).err
+    assert call("results", log, "--import", out, "--force").status == 0
+    (tmp_path / "x.txt").write_text("nothing")
+    assert "nothing that can be imported" in call("results", tmp_path / "x.txt", "--import", out).err

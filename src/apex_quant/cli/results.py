@@ -49,14 +49,23 @@ def results(
     merge: Annotated[
         Path | None, typer.Option("--merge", metavar="OUT", help="put those of one model together")
     ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option(
+            "--import", metavar="DIR", help="FILES are others' results (docs/report.md): write them there as ours are"
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """List what was measured, or merge results of one model into one file."""
+    """List what was measured, merge results of one model into one file, or import others' results."""
     from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.show import show_warnings
     from apex_quant.evaluation.results import find, merge_files, summary
+    from apex_quant.report.imports import import_results
 
+    if import_ is not None:
+        files = [one.path for path in files for one in import_results(path, out=import_, force=force) if one.path]
     found, passed_over = find(files)
     rows = [summary(one) for one in found]
     merged = merge_files([one.path for one in found if one.path], merge, force=force) if merge is not None else None

@@ -45,15 +45,17 @@ FORMS: Final[dict[str, Reader]] = {
 """By name: readers of a text (and the file's name without extension); None when the text is of another form."""
 
 
-def import_results(path: str | Path, *, form: str | None = None, out: str | Path | None = None) -> list[Results]:
+def import_results(
+    path: str | Path, *, form: str | None = None, out: str | Path | None = None, force: bool = False
+) -> list[Results]:
     """The results in a file of one of FORMS, told from what is in it unless `form` says it. With the folder `out`, each
-    is also written there as NAME.json.
+    is also written there as NAME.json; `force` replaces those that are there.
 
     Divergences are in nats, accuracies shares with Wilson intervals where the number of tasks is known, speeds tokens
     per second. What a file does not state stays unknown; nothing is estimated. Uncertainties of llama-perplexity are
     standard errors over tokens (`error`), no intervals over chunks.
 
-    Raises UsageError for another `form`, NotImportableError for a file of none of them, InputError for one that is
+    Raises UsageError for another `form` or a file that would be replaced, NotImportableError for a file of none of them, InputError for one that is
     broken.
     """
     path = Path(path)
@@ -70,13 +72,15 @@ def import_results(path: str | Path, *, form: str | None = None, out: str | Path
                 raise InputError(f"{path}: {error.message}", hint=error.hint) from None
             if rows is not None:
                 source = {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "form": name}
-                return _as_results(rows, source, path, Path(out) if out is not None else None)
+                return _as_results(rows, source, path, Path(out) if out is not None else None, force)
     raise NotImportableError(
         f"{path}: nothing that can be imported{f' as {form}' if form else ''}", hint=f"known: {', '.join(FORMS)}"
     )
 
 
-def _as_results(rows: Sequence[Row], source: Mapping[str, Any], path: Path, out: Path | None) -> list[Results]:
+def _as_results(
+    rows: Sequence[Row], source: Mapping[str, Any], path: Path, out: Path | None, force: bool
+) -> list[Results]:
     made = []
     for row in rows:
         about = {**source, "source": row.source or source["file"]}
@@ -90,7 +94,11 @@ def _as_results(rows: Sequence[Row], source: Mapping[str, Any], path: Path, out:
         if out is None:
             results._path = path
         else:
-            save(results, out / f"{_file_name(row.name)}.json")
+            target = out / f"{_file_name(row.name)}.json"
+            if target.exists() and not force:
+                raise UsageError(f"{target} exists already", hint="--force replaces it")
+            out.mkdir(parents=True, exist_ok=True)
+            save(results, target)
         made.append(results)
     return made
 

@@ -77,10 +77,10 @@ def _overall(entry: Entry) -> str:
     number = entry.number("router")
     if number is None:
         return ""
-    rows = entry.source_of("router").metrics.get("router", {}).get("changed_interval")
-    low, high = (rows.get("low"), rows.get("high")) if isinstance(rows, dict) else (number.low, number.high)
     text = f"{shown('router', number.value)} %"
-    return f"{text} [{shown('router', low)}, {shown('router', high)}]" if low is not None and high is not None else text
+    if number.low is None or number.high is None:
+        return text
+    return f"{text} [{shown('router', number.low)}, {shown('router', number.high)}]"
 
 
 def _worst(rows: Sequence[RouterLayer]) -> str:

@@ -137,6 +137,9 @@ def number(results: Results, key: str, *, file: str) -> Number | Absent:
             part = test
         if not isinstance(found, Mapping) or found.get(part) is None:
             return Absent("not measured")
+        beside = f"{part}_interval"  # of a plain number the interval stands beside it, with the value in it
+        if isinstance(found.get(beside), Mapping) and finite(found[beside].get("value")) == finite(found[part]):
+            part = beside
         found, pointer = found[part], f"{pointer}/{part}"
     return number_at(found, file, pointer, test)
 
