@@ -101,7 +101,7 @@ def doctor(folder: str | Path = ".") -> Diagnosis:
                 )
             )
             break
-    total, available = _memory()
+    total, available = main_memory()
     if available is not None and available < _LOW_MEMORY:
         problems.append(Problem(f"only {available / 1e9:.1f} GB of memory available", "close other programs"))
     free = shutil.disk_usage(folder).free
@@ -147,7 +147,8 @@ def _gpus() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _memory() -> tuple[int | None, int | None]:
+def main_memory() -> tuple[int | None, int | None]:
+    """Bytes in all and bytes available; None where the system does not say."""
     try:
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(rows["MemTotal"].split()[0]) * 1024, int(rows["MemAvailable"].split()[0]) * 1024

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,7 +41,6 @@ with contextlib.suppress(ImportError):  # early, as in worker.py
     bindings()
 
 NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"
-_LOG_LINES = 5000  # of one context: several for each layer
 _ATTENTION_CHUNKS = 4  # whose errors of attention are computed, spread over the text
 
 Reference = ApexReference | StockLogits
@@ -54,12 +52,10 @@ class Contexts:
     def __init__(self, held: ExitStack, payload: Json) -> None:
         self.options = SessionOptions.model_validate(payload["options"])
         self.recording = watcher(0, head=True)
-        _, log = library()
-        self._lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
-        log._lines = self._lines
+        _, self._log = library()
         small = self.options.model_copy(update={"ctx": 16, "sequences": 1, "decode_tokens": None, "ubatch": 16})
         self.session = held.enter_context(Session(payload["model"], small, self.recording))
-        self._callback = self.session._callback
+        self._callback = self.session.callback
 
     @contextmanager
     def open(self, pair: Pair, ctx: int, batching: Batching, *, rotation: bool = True, observer: Observer | None = None,
@@ -67,17 +63,17 @@ class Contexts:
         """A context of these types, confirmed by the library's log. Raises what Session.reopen does, NativeError."""
         assert self._callback is not None
         self._callback.observer = observer
-        self.session._callback = self._callback if observer is not None else None  # other contexts run without it
+        self.session.callback = self._callback if observer is not None else None  # other contexts run without it
         before = os.environ.pop(NO_ROTATION, None)
         if not rotation:
             os.environ[NO_ROTATION] = "1"
-        self._lines.clear()
         try:
-            self.session.reopen(
-                ctx=ctx, sequences=batching.sequences, decode_tokens=batching.tokens, type_k=pair.k, type_v=pair.v,
-                ubatch=max(16, batching.tokens), flash_attention=flash or self.options.flash_attention,
-            )  # fmt: skip
-            caches = read_log(line for _, line in self._lines)
+            with self._log.recorded() as lines:
+                self.session.reopen(
+                    ctx=ctx, sequences=batching.sequences, decode_tokens=batching.tokens, type_k=pair.k, type_v=pair.v,
+                    ubatch=max(16, batching.tokens), flash_attention=flash or self.options.flash_attention,
+                )  # fmt: skip
+            caches = read_log(lines)
             confirm(pair, caches, self.session.path.name)
             yield caches
         finally:

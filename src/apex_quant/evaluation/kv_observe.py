@@ -7,7 +7,6 @@ that has the type. `AttentionTap` keeps keys, values, queries and weights of one
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,10 +79,7 @@ def stock_round_trip(rows: F32, name: str) -> F32:
     source = np.ascontiguousarray(rows, np.float32)
     raw = np.empty(source.size // kind.block * kind.bytes, np.uint8)
     made = np.empty_like(source)
-    encoder = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
-        lib._traits(kind.id).contents.from_float_ref
-    )
-    encoder(source.ctypes.data, raw.ctypes.data, source.size)
+    lib.to_cache(kind)(source.ctypes.data, raw.ctypes.data, source.size)
     lib.to_float(kind)(raw.ctypes.data, made.ctypes.data, source.size)
     return made
 

@@ -148,6 +148,16 @@ class Ggml:
             self._to_float[kind.name] = known
         return known
 
+    def to_cache(self, kind: GGMLType) -> Callable[..., int]:
+        """The reference encoder (src float32 address, dst address, n) that writes KV caches; not every type has one.
+
+        For IQ4_NL it searches less than ggml_quantize_chunk. Raises ResourceError without one.
+        """
+        encoder = self._traits(kind.id).contents.from_float_ref
+        if not encoder:
+            raise ResourceError(f"this build of ggml has no reference encoder of {kind.name}")
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(encoder)
+
     def validate(self, kind: GGMLType, address: int, nbytes: int) -> bool:
         """ggml_validate_row_data: whole blocks with finite scales (and known codes where a type has them)."""
         return bool(self._validate(kind.id, address, nbytes))

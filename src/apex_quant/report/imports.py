@@ -55,8 +55,8 @@ def import_results(
     per second. What a file does not state stays unknown; nothing is estimated. Uncertainties of llama-perplexity are
     standard errors over tokens (`error`), no intervals over chunks.
 
-    Raises UsageError for another `form` or a file that would be replaced, NotImportableError for a file of none of them, InputError for one that is
-    broken.
+    Raises UsageError for another `form` or a file that would be replaced, NotImportableError for a file of none of
+    them, InputError for one that is broken.
     """
     path = Path(path)
     if form is not None and form not in FORMS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LINES = 60
@@ -16,6 +18,7 @@ class LibraryLog:
 
     def __init__(self, lib: Any) -> None:
         self._lines: deque[tuple[int, str]] = deque(maxlen=_LINES)
+        self._recorders: list[list[str]] = []
         self._level = 0
         self._callback = lib.llama_log_callback(self._take)  # kept: the library calls it until the end
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -26,6 +29,18 @@ class LibraryLog:
         self._level = level if level != 5 else self._level
         if line.strip("."):
             self._lines.append((self._level, line))
+            for recorder in self._recorders:
+                recorder.append(line)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[str]]:
+        """A list that gets every line said inside, of whatever level."""
+        lines: list[str] = []
+        self._recorders.append(lines)
+        try:
+            yield lines
+        finally:
+            self._recorders.remove(lines)
 
     def last_problem(self) -> str:
         """The first line of the last run of warnings and errors, or the last line of any kind."""

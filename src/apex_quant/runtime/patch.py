@@ -143,14 +143,14 @@ class Patcher:
         self._checked.add(name)
 
     def _find(self, session: Session) -> dict[str, list[int]]:
-        before = session._callback
+        before = session.callback
         finder = _Finder(session._lib, self._tensors, self.file.tensors.keys())
-        session._callback = finder
+        session.callback = finder
         try:
             session.reopen()
             session.decode(np.zeros((1, _ONE_TOKEN), np.int32))
         finally:
-            session._callback = before
+            session.callback = before
             session.reopen()
         if not finder.found:
             raise NativeError(f"{session.path.name}: none of the model's tensors was found in its graph")

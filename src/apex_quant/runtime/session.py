@@ -89,9 +89,10 @@ class Session:
             self._resources.callback(self._lib.llama_model_free, self._model)
             self._vocab = self._lib.llama_model_get_vocab(self._model)
             self.vocabulary = self._read_vocabulary()
-            self._callback = EvalCallback(self._lib, Tensors()) if observer is not None else None
-            if self._callback is not None:
-                self._callback.observer = observer
+            # what contexts call while they compute; another one counts from the next reopen() on
+            self.callback = EvalCallback(self._lib, Tensors()) if observer is not None else None
+            if self.callback is not None:
+                self.callback.observer = observer
             self._open_context()
         except BaseException:
             self.close()
@@ -177,8 +178,8 @@ class Session:
         if options.embeddings:
             params.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
         params.no_perf = True
-        if self._callback is not None:
-            params.cb_eval = self._callback.function
+        if self.callback is not None:
+            params.cb_eval = self.callback.function
         context = lib.llama_init_from_model(self._model, params)
         if not context:
             raise ResourceError(
@@ -322,8 +323,8 @@ class Session:
                 self._rows, self._wanted = total, given
         status = lib.llama_decode(self._context, batch)
         lib.llama_synchronize(self._context)
-        if self._callback is not None:
-            self._callback.raise_error()
+        if self.callback is not None:
+            self.callback.raise_error()
         if status != 0:
             self._rows, self._wanted = 0, None
             raise NativeError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from apex_quant.doctor import _memory
+from apex_quant.doctor import main_memory
 from apex_quant.errors import ResourceError, UsageError
 from apex_quant.evaluation.programs import Log, Program, clean_environment
 from apex_quant.evaluation.server import Found, find_server
@@ -89,7 +89,7 @@ def plan_service(
             "; ".join(f"{device.name}: {device.words}, {device.free / 2**30:.1f} GiB free" for device in gpus)
             or "no GPU that this server can use"
         )
-    available = _memory()[1]
+    available = main_memory()[1]
     host = ram if ram is not None else None if available is None else round(available * _HOST_SHARE)
     together = 1 if found.kind != "llama-server" else parallel or 1
     if parallel is not None and parallel < 1:
