@@ -41,6 +41,9 @@ class Assembly:
                 f"{len(unreached)} tensors are not read when the model decodes and have no sensitivity: "
                 + ", ".join(unreached[:3]) + (", ..." if len(unreached) > 3 else "")
             )  # fmt: skip
+        used, asked = self.header["chunks"] * settings["ctx"], settings["tokens"] // settings["ctx"] * settings["ctx"]
+        if used < asked:
+            warnings.append(f"each probe read {used} tokens, not {asked}: the text or the budget has no more")
         if not self.result["complete"]:
             lacking = sum(not group.probes for group in groups)
             warnings.append(f"the budget ended before all probes: {lacking} groups are estimated from their neighbours")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Final
 from apex_quant.allocation.choices import make_space
 from apex_quant.allocation.constraints import Constraints, as_types
 from apex_quant.allocation.cost import CostModel
-from apex_quant.allocation.inputs import sensitivities_of
+from apex_quant.allocation.inputs import OptimizeProgress, sensitivities_of
 from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.allocation.space import Space
 from apex_quant.errors import ApexError, UsageError
@@ -77,11 +77,13 @@ def frontier(
     equal: Sequence[str] = ("gate_up",),
     points: int = POINTS,
     out: str | Path | None = None,
+    progress: Callable[[OptimizeProgress], None] | None = None,
 ) -> Frontier:
     """The whole curve of size against least predicted KLD, at `points` sizes, evenly spread in bits per weight.
 
-    `out`: a plot (.png, .svg, .pdf). The other arguments are those of optimize(); predictions are not measurements,
-    and the ends of the curve are further from the truth than its middle (docs/method.md).
+    `out`: a plot (.png, .svg, .pdf). `progress`: while sensitivities are measured, where none are given. The other
+    arguments are those of optimize(); predictions are not measurements, and the ends of the curve are further from the
+    truth than its middle (docs/method.md).
     """
     if points < 2:
         raise UsageError(f"{points} points make no curve: at least 2")
@@ -90,7 +92,7 @@ def frontier(
     with ExitStack() as held:
         opened = held.enter_context(open_model(model))
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
-        measured = sensitivities_of(opened, sensitivity, imatrix)
+        measured = sensitivities_of(opened, sensitivity, imatrix, report=progress)
         costs = CostModel.from_sensitivities(measured)
         constraints = Constraints(
             types=as_types(list(types) if types is not None and not isinstance(types, str) else types),

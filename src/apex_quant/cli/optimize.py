@@ -181,16 +181,18 @@ def frontier(
     from apex_quant.allocation.frontier import frontier as run
     from apex_quant.cli.app import _console, _print_json
 
-    made = run(
-        model,
-        sensitivity=sensitivity,
-        imatrix=imatrix,
-        types=types,
-        minimum=minimums(minimum or []),
-        equal=siblings(equal),
-        points=points,
-        out=out,
-    )
+    with OptimizeBar(f"frontier of {model.stem}") as bar:
+        made = run(
+            model,
+            sensitivity=sensitivity,
+            imatrix=imatrix,
+            types=types,
+            minimum=minimums(minimum or []),
+            equal=siblings(equal),
+            points=points,
+            out=out,
+            progress=bar,
+        )
     if as_json:
         _print_json(made.to_json())
     else:
