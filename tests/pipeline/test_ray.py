@@ -196,14 +196,14 @@ def test_ctrl_c_ends_the_jobs(workers: tuple[RayWorkers, list[str]], tmp_path: P
     assert not alive.exists()
 
 
-@pytest.mark.slow
-def test_something_that_is_not_ray(machines: Any, again: Path) -> None:
+def test_something_that_is_not_ray(again: Path) -> None:
+    pytest.importorskip("ray")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(ResourceError, match=f"{address}: no Ray cluster "):
+        with pytest.raises(ResourceError, match=f"{address}: no Ray cluster answers: timed out"):
             small_run(again, ray=address)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 10
 
 
 def fresh(finished: Path, folder: Path) -> Path:
@@ -266,10 +266,19 @@ def test_a_lost_machine(machines: Any, finished: Path, tmp_path: Path) -> None:
         machines.remove_node(other_node(machines), allow_graceful=False)
 
     def lose_soon() -> None:
-        timer.append(threading.Timer(2.0, lose))
-        timer[0].start()
+        watcher.append(threading.Thread(target=lose_at_work))
+        watcher[0].start()
 
-    timer: list[threading.Timer] = []
+    def lose_at_work() -> None:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "work/release/results").glob("*.evaluation.partial")):  # the locks of both
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        time.sleep(0.3)
+        lose()
+
+    watcher: list[threading.Thread] = []
     listeners = [
         when(lambda event: type(event).__name__ == "JobProgress" and event.phase == "encode" and event.work > 0, lose),
         when(lambda event: starts(event, "verify"), lambda: machines.add_node(num_cpus=1)),
@@ -277,16 +286,18 @@ def test_a_lost_machine(machines: Any, finished: Path, tmp_path: Path) -> None:
     ]
 
     def listen(event: Any) -> None:
-        for one in listeners:
-            one(event)
+        for heard in listeners:
+            heard(event)
         if isinstance(event, PhaseEvent) and event.kind == "note":
             notes.append(f"{event.phase}: {event.text}")
 
     try:
         small_run(tmp_path, ray=machines.address, progress=listen)
     finally:
-        timer[0].join()
-        machines.add_node(num_cpus=1)
+        for one in watcher:
+            one.join()
+        while len(machines.worker_nodes) < 1:
+            machines.add_node(num_cpus=1)
     assert contents(tmp_path / "work") == contents(finished / "work")
     assert numbers(tmp_path / "work") == numbers(finished / "work")
     lost = [note for note in notes if ": lost on machine " in note]

@@ -29,6 +29,9 @@ from apex_quant.pipeline.cluster_round import Round, nodes
 Tell = Callable[[str], None]
 
 _ANSWER: Final = 5.0  # seconds in which a cluster must take a connection
+_SETTINGS: Final = b"\4"
+_HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0" * 5
+"""What an HTTP/2 client, which Ray's are, says first; a server answers with its own settings."""
 _INSTALL: Final = "pip install 'apex-quant[ray]', on every machine of the cluster"
 _START: Final = "ray start --head on one machine, ray start --address HOST:6379 on the others and on this one"
 _LOCAL: Final[dict[str, Any]] = {"include_dashboard": False, "object_store_memory": 100 << 20}
@@ -46,8 +49,10 @@ def cluster(address: str, tell: Tell) -> Iterator[RayWorkers]:
     ray = _ray()
     ours = not ray.is_initialized()
     if ours:
+        if address == "auto":
+            host = _host(_known(ray))
         if host is not None:
-            _reach(address, *host)
+            _reach(*host)
         _connect(ray, address)
     try:
         if not nodes(ray):
@@ -106,8 +111,9 @@ def _host(address: str) -> tuple[str, int] | None:
 
 
 def _ray() -> Any:
-    """The module, told to send nothing home. Raises ResourceError without it."""
+    """The module, told to send nothing home and to print nothing. Raises ResourceError without it."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # it prints to stdout, where --json has its document
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or every start warns of it
     try:
         import ray
@@ -116,13 +122,29 @@ def _ray() -> Any:
     return ray
 
 
-def _reach(address: str, host: str, port: int) -> None:
-    """ResourceError, after seconds, when nothing listens: Ray itself would try for a minute."""
+def _known(ray: Any) -> str:
+    """The address of the cluster that this machine is part of; 'auto' where this Ray has another way to find it."""
     try:
-        socket.create_connection((host, port), _ANSWER).close()
+        known = str(ray._private.services.get_ray_address_from_environment("auto", None))
+    except (AttributeError, TypeError):
+        return "auto"
+    except ConnectionError:
+        raise ResourceError("auto: this machine is not part of a Ray cluster", hint=_START) from None
+    return known if re.fullmatch(r"\S+:\d+", known) else "auto"
+
+
+def _reach(host: str, port: int) -> None:
+    """ResourceError, after seconds, where no such server is: Ray itself would try for minutes, or for ever."""
+    reason = "something else listens there"
+    try:
+        with socket.create_connection((host, port), _ANSWER) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
+                connection.sendall(_HELLO)
+                if connection.recv(9)[3:4] != _SETTINGS:
+                    raise OSError(reason)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ResourceError(f"{address}: no Ray cluster answers: {reason}", hint=_START) from None
+        reason = error.strerror or str(error) or reason
+        raise ResourceError(f"{host}:{port}: no Ray cluster answers: {reason}", hint=_START) from None
 
 
 def _connect(ray: Any, address: str) -> None:
