@@ -178,7 +178,7 @@ class Bench:
                 planned = baselines.random_recipe(self.space, size, seed=number)
                 recipes[f"{size}/{number}"] = self.space.predicted(planned)
         for number, size in enumerate(baselines.random_sizes(self.space, self.options.spanning, seed=0)):
-            planned = baselines.random_recipe(self.space, size, seed=1000 + number, spread=1.0)
+            planned = baselines.random_recipe(self.space, size, seed=1000 + number, spread=1.0, tolerance=0.03)
             recipes[f"span/{number}"] = self.space.predicted(planned)
         say(f"{len(recipes)} recipes")
         found = dict(zip(recipes, self.judge.measure(recipes), strict=True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import gguf
 import numpy as np
 import pytest
 
+from apex_quant.gguf import open_model
 from tests.attacks.builder import ATTACKS, SHARDS, THINGS, write
+from tests.attacks.test_fuzz import SEEDS, mutate
 from tests.cli.conftest import Call
 from tests.helpers.cli import Ran, apex
 
@@ -48,6 +52,25 @@ def test_attacks(name: str, call: Call, tmp_path: Path) -> None:
         else:
             assert result.status in (0, 2, 3)
     assert not list(tmp_path.glob("out/*.gguf")) or attack.says is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(4))
+def test_mutations(chunk: int, call: Call, model: Path, tmp_path: Path) -> None:
+    """2,500 mutated and truncated files each, small made-up ones and a real model's header: no traceback, no hang."""
+    pick, statuses = random.Random(chunk), Counter[int]()
+    whole = model.read_bytes()
+    with open_model(model) as opened:
+        seeds = [*SEEDS, whole[: opened.files[0].header_bytes + 4096], whole[:4096]]
+    commands: list[list[object]] = [["inspect"], ["inspect", "--tensors"], ["plan", "--tier", "quality"], ["verify"]]
+    path = tmp_path / "x.gguf"
+    for number in range(2500):
+        path.write_bytes(mutate(pick.choice(seeds), pick))
+        name, *options = commands[number % len(commands)]
+        result = clean(call(name, path, *options))
+        assert result.status in (0, 2, 3), result.err
+        statuses[result.status] += 1
+    assert min(statuses[0], statuses[3]) > 100
 
 
 @pytest.mark.parametrize("name", SHARDS)

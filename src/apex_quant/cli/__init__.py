@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from apex_quant.errors import ApexError, NativeError
 
@@ -52,14 +53,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """The same without exiting; errors are raised, usage errors of the parser become UsageError."""
     import typer
-    from typer.main import get_command
 
-    from apex_quant.cli.app import app
     from apex_quant.errors import UsageError
 
-    command = get_command(app)
     try:
-        result = command.main(args=arguments, prog_name="apex", standalone_mode=False)
+        result = _command().main(args=arguments, prog_name="apex", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except SystemExit:
@@ -77,6 +75,16 @@ def run(arguments: list[str]) -> int:
     if result == INTERRUPTED:
         raise KeyboardInterrupt  # newer parsers return this instead of raising Abort
     return result if isinstance(result, int) else 0
+
+
+@functools.cache
+def _command() -> Any:
+    """All commands with their options: 0.1 s to put together, so only once for a process that runs several."""
+    from typer.main import get_command
+
+    from apex_quant.cli.app import app
+
+    return get_command(app)
 
 
 def _open_streams() -> None:
