@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from apex_quant import SessionOptions, embedded_model, open_model
+from apex_quant import SessionOptions, embedded_model
 from apex_quant.allocation.cost import CostModel
 from apex_quant.allocation.measure import measure
 from apex_quant.allocation.sensitivity import Sensitivities, load
-from apex_quant.model.facts import facts
 
 PASS = 16_384
 BOUND = 8.0
@@ -85,8 +84,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--read", type=Path)
     asked = parser.parse_args()
-    with open_model(asked.model) as opened:
-        layers = facts(opened).trunk_layers
     started = time.monotonic()
     if asked.read is not None:
         found = load(asked.read)
@@ -96,6 +93,7 @@ def main() -> None:
                 asked.model, out=Path(folder) / "s.json", imatrix=asked.imatrix, tokens=asked.tokens,
                 groups=asked.groups, joint=asked.joint, options=SessionOptions(threads=asked.threads),
             )  # fmt: skip
+    layers = len({group.layer for group in found.groups if group.layer is not None})
     shown = {"model": found.model.name, "layers": layers, **spent(found, layers)}
     if asked.read is None:
         shown["seconds_in_all"] = round(time.monotonic() - started, 1)
