@@ -33,6 +33,8 @@ LADDER: Final = (
 """Types by size, one step each, that the hand recipe walks."""
 ALWAYS: Final = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 """What the always active part gets: the first of these that leaves room for experts."""
+_DRAWS: Final = 20  # of a random recipe, before there is none of a size
+_MOVES: Final = 200  # for each group, to come to the size
 _PLAIN: Final = {"IQ1_S": "Q2_K", "IQ1_M": "Q2_K", "IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "Q2_K",
                  "IQ3_XXS": "Q3_K"}  # fmt: skip
 
@@ -139,10 +141,18 @@ def random_recipe(space: Space, target: int, seed: int, *, spread: float = 1.5, 
     """A random choice whose file has between (1 - tolerance) x target and target bytes.
 
     Each group draws its bits per weight from a normal distribution of deviation `spread` around a level that makes
-    the sum right, and takes the nearest of its types; then single groups move until the size fits. Raises UsageError
-    where none is found.
+    the sum right, and takes the nearest of its types; then single groups move until the size fits. Where they end in a
+    corner, other bits are drawn. Raises UsageError where none is found.
     """
     chance = random.Random(seed)
+    for _ in range(_DRAWS):
+        found = _drawn(space, target, chance, spread, tolerance)
+        if found is not None:
+            return found
+    raise UsageError(f"no random recipe of about {target} bytes was found")
+
+
+def _drawn(space: Space, target: int, chance: random.Random, spread: float, tolerance: float) -> Plan | None:
     groups = space.groups
     noise = [chance.gauss(0, spread) for _ in groups]
     low, high = -4.0, 20.0
@@ -152,7 +162,7 @@ def random_recipe(space: Space, target: int, seed: int, *, spread: float = 1.5, 
         level = (low + high) / 2
         picks = [_nearest(group, level + shift) for group, shift in zip(groups, noise, strict=True)]
         low, high = (level, high) if _bytes(groups, picks) + overhead <= target else (low, level)
-    for _ in range(200 * len(groups)):
+    for _ in range(_MOVES * len(groups)):
         size = _bytes(groups, picks) + overhead
         if (1 - tolerance) * target <= size <= target:
             planned = _planned(space, picks)
@@ -166,7 +176,7 @@ def random_recipe(space: Space, target: int, seed: int, *, spread: float = 1.5, 
             moved = size + options[pick].bytes - options[picks[place]].bytes
             if moved <= target or moved < size:
                 picks[place] = pick
-    raise UsageError(f"no random recipe of about {target} bytes was found")
+    return None
 
 
 def _nearest(group: Group, bits: float) -> int:
