@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--chunks", type=int, help=f"of each held-out text, of {CTX} tokens (default: all)")
     parser.add_argument("--validate", action="store_true", help="measure near-optimal recipes on the probe text first")
     parser.add_argument("--ours", default="optimum", help="optimum, smoothed, apart: without --validate")
+    parser.add_argument("--plot", type=Path, help="the table as a picture")
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--count", type=int, default=24, help="random recipes of each size")
     parser.add_argument("--spanning", type=int, default=40)
@@ -166,6 +167,8 @@ class Bench:
         print(HEAD)
         for one in rows:
             print(one["line"])
+        if self.options.plot is not None:
+            plot(rows, self.model.path.stem, self.options.plot)
         return {"rows": rows, "seconds": time.monotonic() - started, "settings": {"ctx": CTX, **plain(self.options)}}
 
     def random(self) -> dict[str, Any]:
@@ -234,6 +237,45 @@ def row(name: str, one: Candidate, mine: Candidate | None) -> dict[str, Any]:
         f"{kld['p99']:.3f} | {tails} | {difference} | {ratio} |"
     )
     return made
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Mean KLD with its interval over size: ours, tiers, llama.cpp's mixes, the hand recipe, error alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=160)
+    axes = figure.add_subplot()
+    kinds = {
+        "ours": ("measured allocation", "o", "#0072b2"), "tier": ("APEX tiers", "s", "#d55e00"),
+        "mix": ("llama.cpp's mixes", "^", "#009e73"), "hand": ("hand recipe", "v", "#8a8a8a"),
+        "error": ("error alone", "x", "#cc79a7"),
+    }  # fmt: skip
+    for kind, (label, mark, colour) in kinds.items():
+        mine = sorted((one for one in rows if kind_of(one["name"]) == kind), key=lambda one: one["total_bytes"])
+        size = [one["total_bytes"] / 1e6 for one in mine]
+        kld = [one["measured_kld"]["value"] for one in mine]
+        bars = [
+            [abs(one["measured_kld"][end] - y) for one, y in zip(mine, kld, strict=True)] for end in ("low", "high")
+        ]
+        axes.errorbar(
+            size, kld, bars, fmt=mark, ls="-" if kind == "ours" else "", color=colour, label=label, ms=5, lw=1
+        )
+        for one, x, y in zip(mine, size, kld, strict=True) if kind in ("tier", "mix") else ():
+            axes.annotate(one["name"], (x, y), (6, 3), fontsize=8, textcoords="offset points")
+    axes.margins(x=0.14)
+    axes.set_yscale("log")
+    axes.set_xlabel("file size, MB (10^6 bytes)")
+    axes.set_ylabel("mean KLD on held-out text, nats per token, 95 % intervals")
+    axes.set_title(f"{title}: the same importance matrix, no more bytes")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def kind_of(name: str) -> str:
+    """Which kind of recipe a row of the table is about."""
+    first = name.split("@")[0].split(" ")[0]
+    return first if first in ("ours", "hand", "error") else "tier" if name in TIERS else "mix"
 
 
 def tail(mine: Candidate, one: Candidate) -> dict[str, float | None]:
