@@ -29,7 +29,7 @@ def cures(found: Diagnosis) -> dict[str, str]:
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU, enough memory and disk, whatever runs the tests."""
     monkeypatch.setattr(module, "_gpus", lambda: ())
-    monkeypatch.setattr(module, "_memory", lambda: (64 << 30, 32 << 30))
+    monkeypatch.setattr(module, "main_memory", lambda: (64 << 30, 32 << 30))
     usage = shutil.disk_usage("/")._replace(free=1 << 40)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
@@ -132,7 +132,7 @@ def test_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(module, "_memory", lambda: (4 << 30, 1 << 30))
+    monkeypatch.setattr(module, "main_memory", lambda: (4 << 30, 1 << 30))
     assert [what.split(" ")[:2] for what in cures(doctor())] == [["only", "1.1"], ["only", "1.1"]]
 
 

@@ -84,6 +84,10 @@ class Child:
             os.close(self._events)
             self._process.kill()
             self._process.wait()
+        self._logger.join(timeout=1)
+        if not self._logger.is_alive():  # else a process of the child's own still holds the pipe
+            assert self._process.stderr is not None
+            self._process.stderr.close()
 
     def run(self, target: str, payload: Json, on_event: Emit, *, step: str, pass_fds: Sequence[int] = ()) -> Json:
         """As `run_in_child`."""
