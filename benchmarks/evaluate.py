@@ -24,11 +24,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from apex_quant import SessionOptions, embedded_model, evaluate
-from apex_quant.text import heldout
+import gguf  # noqa: E402
+import numpy as np  # noqa: E402
+
+from apex_quant import SessionOptions, embedded_model, evaluate  # noqa: E402
+from apex_quant.text import heldout  # noqa: E402
+from tests.helpers.random_models import copy_metadata  # noqa: E402
 
 Work = Callable[[], Any]
 GIB = 1 << 30
@@ -124,23 +128,12 @@ def widened(path: Path, vocabulary: int) -> Path:
     """The embedded model with rows of noise and unused tokens up to `vocabulary`."""
     known = gguf.GGUFReader(embedded_model())
     writer = gguf.GGUFWriter(path, str(known.fields["general.architecture"].contents()))
-    more, rng = vocabulary, np.random.default_rng(0)
-    for key, field in known.fields.items():
-        value = field.contents()
-        if key in ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture"):
-            continue
-        if key == "tokenizer.ggml.tokens":
-            more = vocabulary - len(value)
-            writer.add_token_list([*value, *(f"<unused{number}>" for number in range(more))])
-        elif key == "tokenizer.ggml.token_type":
-            writer.add_token_types([*value, *[gguf.TokenType.UNUSED] * (vocabulary - len(value))])
-        elif field.types[0] == gguf.GGUFValueType.ARRAY:
-            writer.add_array(key, value)
-        else:
-            writer.add_key_value(key, value, field.types[0])
+    copy_metadata(known, writer, vocabulary)
+    rng = np.random.default_rng(0)
     for tensor in known.tensors:
         data = np.asarray(tensor.data)
         if tensor.name in ("token_embd.weight", "output.weight"):
+            more = vocabulary - int(tensor.shape[1])
             noise = rng.normal(0, 0.02, (more, int(tensor.shape[0]))).astype(np.float32)
             data = np.concatenate([data, (noise.view(np.uint32) >> 16).astype(np.uint16).view(data.dtype)])
         writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apex_quant.errors import ApexError
-from apex_quant.native.library import library_info
+from apex_quant.native.library import compiled_with_amx, library_info
 from apex_quant.version import LIBRARY as PACKAGE
 from apex_quant.version import LIBRARY_VERSION as REQUIRED
 from apex_quant.version import VERSION
@@ -43,6 +43,7 @@ class Diagnosis:
     ggml: str | None
     ggml_commit: str | None
     backends: tuple[str, ...]
+    amx_unused: bool
     gpus: tuple[str, ...]
     cpus: int
     cpu_model: str
@@ -59,7 +60,8 @@ class Diagnosis:
         yield "library", f"{PACKAGE} {self.library}" if self.library else "not installed"
         if self.ggml:
             yield "ggml", f"{self.ggml} ({self.ggml_commit})"
-        yield "backends", ", ".join(self.backends) or "none"
+        amx = " (without AMX tiles, whose code in this version fails)" if self.amx_unused else ""
+        yield "backends", (", ".join(self.backends) or "none") + amx
         yield "GPUs", "; ".join(self.gpus) or "none seen"
         yield "processors", f"{self.cpus}, {self.cpu_model} ({' '.join(self.cpu_features)})"
         if self.memory_total is not None:
@@ -118,6 +120,7 @@ def doctor(folder: str | Path = ".") -> Diagnosis:
         ggml=ggml_version,
         ggml_commit=commit,
         backends=info.backends,
+        amx_unused=compiled_with_amx(),
         gpus=gpus,
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         cpu_model=model,

@@ -69,6 +69,7 @@ def write_random_gguf(
     scale: Literal["tiny", "real"] = "tiny",
     layers: str | None = None,
     metadata: dict[str, str | int | float | bool] | None = None,
+    vocabulary: Path | None = None,
     **overrides: int,
 ) -> Path:
     """Write a model of `architecture` to `path` and return it.
@@ -77,13 +78,17 @@ def write_random_gguf(
     sizes (`experts=3`). Matrices have `dtype`, routed experts `expert_dtype` (MXFP4 as gpt-oss ships them) if
     given, vectors and what converters keep are F32. Weights are normal with deviation 1/sqrt(row length); the
     data depends on `seed` and names only. With `sparse` the data is a hole of zeros, so real sizes take no
-    disk. `metadata` adds keys with their full names.
+    disk. `metadata` adds keys with their full names. `vocabulary` is a GGUF whose tokenizer this model gets, with
+    unused tokens up to its own size, so that it can read text.
     """
     shape = ARCHITECTURES[architecture]
     kinds, sizes = _sizes(shape, scale, layers, overrides)
     writer = gguf.GGUFWriter(None, architecture)
     writer.add_name(f"random {architecture}")
-    writer.add_string("tokenizer.ggml.model", "none")
+    if vocabulary is None:
+        writer.add_string("tokenizer.ggml.model", "none")
+    else:
+        copy_metadata(gguf.GGUFReader(vocabulary), writer, sizes["vocab"], only="tokenizer.")
     writer.add_uint32(f"{architecture}.block_count", len(kinds))
     for key, value in shape.keys.items():
         _add(writer, f"{architecture}.{key}", _value(value, kinds, sizes))
@@ -111,6 +116,23 @@ def write_random_gguf(
             start += _padded(_nbytes(dims, qtype))
         file.truncate(start)
     return path
+
+
+def copy_metadata(known: gguf.GGUFReader, writer: gguf.GGUFWriter, vocabulary: int, only: str = "") -> None:
+    """All keys of a file that begin with `only`, its vocabulary filled up with unused tokens to so many."""
+    own = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")
+    for key, field in known.fields.items():
+        if key in own or not key.startswith(only):
+            continue
+        value = field.contents()
+        if key == "tokenizer.ggml.tokens":
+            writer.add_token_list([*value, *(f"<unused{number}>" for number in range(vocabulary - len(value)))])
+        elif key == "tokenizer.ggml.token_type":
+            writer.add_token_types([*value, *[gguf.TokenType.UNUSED] * (vocabulary - len(value))])
+        elif field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, field.types[0])
 
 
 def random_tensor(name: str, dims: tuple[int, ...], qtype: gguf.GGMLQuantizationType, seed: int = 0) -> bytes:

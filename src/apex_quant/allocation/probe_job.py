@@ -27,10 +27,11 @@ from apex_quant.evaluation.watch import Routing, Watcher, watcher
 from apex_quant.gguf import GGUFModel, ggml_type, open_model
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import applied
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
 from apex_quant.runtime.patch import Patcher
-from apex_quant.runtime.session import Session, bindings
+from apex_quant.runtime.session import Session
 
 with contextlib.suppress(ImportError):  # early, while the parent still reads the text; Session says what is missing
     bindings()

@@ -19,9 +19,10 @@ from apex_quant.calibration.coverage import Cover, as_matrix, number_uncovered
 from apex_quant.calibration.observer import ImportanceObserver
 from apex_quant.calibration.state import Piece, State, load, save
 from apex_quant.errors import InputError
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
-from apex_quant.runtime.session import Session, bindings
+from apex_quant.runtime.session import Session
 from apex_quant.runtime.tensors import I32
 
 with contextlib.suppress(ImportError):  # early, while the parent still reads the text; Session says what is missing

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from apex_quant.evaluation.choice import Prepared, needs, prepare, prepare_mc2, score_choices, score_mc2
 from apex_quant.evaluation.state import State, load, save
 from apex_quant.evaluation.taskfiles import Form, Task
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
-from apex_quant.runtime.session import Session, bindings
+from apex_quant.runtime.session import Session
 
 with contextlib.suppress(ImportError):  # early, while the parent still reads the tasks; Session says what is missing
     bindings()

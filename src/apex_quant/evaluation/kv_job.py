@@ -29,10 +29,11 @@ from apex_quant.evaluation.steps import Batching, Plan, plan_texts
 from apex_quant.evaluation.stock_logits import StockLogits
 from apex_quant.evaluation.watch import watcher
 from apex_quant.evaluation.worker import Lane
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.observe import Observer
 from apex_quant.runtime.options import SessionOptions
-from apex_quant.runtime.session import Session, bindings, library
+from apex_quant.runtime.session import Session, library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,9 +25,10 @@ from apex_quant.evaluation.steps import Batching, Plan, Step, plan_texts
 from apex_quant.evaluation.watch import Routing, watcher
 from apex_quant.evaluation.worker import Lane
 from apex_quant.gguf import AtomicFile, open_model
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
-from apex_quant.runtime.session import Session, bindings
+from apex_quant.runtime.session import Session
 
 with contextlib.suppress(ImportError):  # early, as in worker.py
     bindings()

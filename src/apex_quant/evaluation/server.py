@@ -68,7 +68,7 @@ def find_server(given: str | Path | None = None) -> Found:
         return Found("llama-server", (program,))
     missing = [name for name in ("llama_cpp", *_NEEDS) if not _installed(name)]
     if not missing:
-        return Found("llama_cpp.server", (sys.executable, "-m", "llama_cpp.server"))
+        return Found("llama_cpp.server", (sys.executable, "-P", "-m", "apex_quant.native.bindings", "llama_cpp.server"))
     raise ResourceError(
         f"no server for the model: llama-server is not on PATH, and the bindings' server lacks {', '.join(missing)}",
         hint=f"put llama-server on PATH, set {DIRECTORY}=FOLDER, or pip install 'apex-quant[harness]'",

@@ -16,9 +16,10 @@ from apex_quant.errors import InputError, NativeError
 from apex_quant.evaluation.bandwidth import measure_bandwidth
 from apex_quant.evaluation.busy import reading, share_of_others
 from apex_quant.evaluation.speed import BATCH, Test
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
-from apex_quant.runtime.session import Session, bindings
+from apex_quant.runtime.session import Session
 from apex_quant.runtime.tensors import I32
 
 # GNU OpenMP's own default, which bindings() would shorten: what is measured is what llama.cpp's tools have

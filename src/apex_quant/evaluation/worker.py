@@ -26,9 +26,10 @@ from apex_quant.evaluation.state import State, load, save
 from apex_quant.evaluation.steps import Batching, Plan, Step, plan_texts
 from apex_quant.evaluation.stock_logits import StockLogits
 from apex_quant.evaluation.watch import Routing, Watcher, watcher
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
-from apex_quant.runtime.session import Session, bindings, library
+from apex_quant.runtime.session import Session, library
 from apex_quant.runtime.tensors import F32, I32
 
 with contextlib.suppress(ImportError):  # early, while the parent still reads the text; Session says what is missing

@@ -206,6 +206,18 @@ class _TypeTraits(ctypes.Structure):
 
 
 @functools.cache
+def compiled_with_amx() -> bool:
+    """Whether the library's processor backend contains AMX tile code. False without the library."""
+    folder = library_info().folder
+    try:
+        lib = ctypes.CDLL(str(_library_file(folder, "ggml-cpu"))) if folder is not None else None
+        has = lib.ggml_cpu_has_amx_int8 if lib is not None else None
+    except (OSError, AttributeError, ResourceError):  # a build with one backend file for each processor has no such
+        return False
+    return bool(has()) if has is not None else False
+
+
+@functools.cache
 def ggml() -> Ggml:
     """The loaded library. Raises ResourceError when it is missing or not the version this tool is made for."""
     info = library_info()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError
 from apex_quant.gguf import TYPES
 from apex_quant.native import ggml
+from apex_quant.native.bindings import bindings
 from apex_quant.runtime.buffers import override_table
 from apex_quant.runtime.log import LibraryLog
 from apex_quant.runtime.observe import EvalCallback, Observer
@@ -47,18 +47,6 @@ class Vocabulary:
     add_eos: bool
     bos: int
     eos: int
-
-
-def bindings() -> Any:
-    """The low-level module of the bindings: 0.3 s to import. ImportError without it.
-
-    GNU OpenMP's threads spin at every barrier, by default for milliseconds: where other processes want the processor
-    too, two threads were up to four times slower than one (embedded model, 2 cores), and with one core busy scoring
-    choices was ten times slower. A spin of 100 is too short where nothing else runs: 1.6 times slower than 2000, which
-    is as fast as the default there.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    return importlib.import_module("llama_cpp.llama_cpp")
 
 
 @functools.cache
@@ -129,7 +117,7 @@ class Session:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if options.mmap else lib.LLAMA_LOAD_MODE_NONE
-        params.use_extra_bufts = options.repack
+        params.use_extra_bufts = params.use_extra_bufts and options.repack
         if options.tensor_split:
             most = lib.llama_max_devices()
             if len(options.tensor_split) > most:

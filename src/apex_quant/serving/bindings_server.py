@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
 from apex_quant.gguf.types import TYPES
+from apex_quant.native.bindings import bindings
 
 MAX_BODY: Final = 64 << 20
 _OPEN: Final = ("/health", "/v1/health")
@@ -197,7 +198,7 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     """The bindings' application with a loaded model, behind Front."""
-    import llama_cpp
+    lib = bindings()
     from llama_cpp.server import app as module
     from llama_cpp.server.errors import RouteErrorHandler
     from llama_cpp.server.settings import ModelSettings, ServerSettings
@@ -217,19 +218,19 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
                      "code": None}  # fmt: skip
 
     RouteErrorHandler.error_message_wrapper = worded
-    _refuse_bad_grammars(llama_cpp.llama_cpp)
+    _refuse_bad_grammars(lib)
     # the bindings' settings have no field for it, and the library's own default keeps the whole context
-    defaults = llama_cpp.llama_cpp.llama_context_default_params
+    defaults = lib.llama_context_default_params
 
     def short_windows() -> Any:
         params = defaults()
         params.swa_full = False
         return params
 
-    llama_cpp.llama_cpp.llama_context_default_params = short_windows
+    lib.llama_context_default_params = short_windows
     # what the bindings call disabled is left to the library, as llama-server does: without flash attention the scores
     # of a batch against the whole context would have to be held
-    llama_cpp.llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED = llama_cpp.llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+    lib.LLAMA_FLASH_ATTN_TYPE_DISABLED = lib.LLAMA_FLASH_ATTN_TYPE_AUTO
     settings = ModelSettings(
         model=words.model, model_alias=words.alias, n_ctx=words.ctx, n_gpu_layers=words.gpu_layers,
         type_k=TYPES[words.type_k.upper()].id, type_v=TYPES[words.type_v.upper()].id,
@@ -258,9 +259,8 @@ def list_devices() -> None:
     """The library's devices, in the words of llama-server --list-devices."""
     import ctypes
 
-    import llama_cpp
-
-    base = ctypes.CDLL(str(llama_cpp.llama_cpp._lib._name))
+    lib = bindings()
+    base = ctypes.CDLL(str(lib._lib._name))
     base.ggml_backend_dev_count.restype = ctypes.c_size_t
     base.ggml_backend_dev_get.restype = ctypes.c_void_p
     base.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
@@ -270,7 +270,7 @@ def list_devices() -> None:
     size = ctypes.POINTER(ctypes.c_size_t)
     base.ggml_backend_dev_memory.restype = None
     base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size, size]
-    llama_cpp.llama_cpp.llama_backend_init()
+    lib.llama_backend_init()
     print("Available devices:")
     for index in range(base.ggml_backend_dev_count()):
         device = base.ggml_backend_dev_get(index)

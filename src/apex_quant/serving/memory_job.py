@@ -15,9 +15,9 @@ from typing import Any, Final
 from apex_quant.errors import InputError, ResourceError
 from apex_quant.gguf.types import TYPES
 from apex_quant.native import ggml
+from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.buffers import override_table
-from apex_quant.runtime.session import bindings
 
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}  # LLAMA_FLASH_ATTN_TYPE_...
 _COMPUTE: Final = re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")
