@@ -29,8 +29,9 @@ def make_space(
     importance: Importance | None = None,
     constraints: Constraints | None = None,
     options: PlanOptions = _DEFAULTS,
+    pruned: bool = True,
 ) -> Space:
-    """The choices that `model` leaves open under `constraints`.
+    """The choices that `model` leaves open under `constraints`; `pruned`: but for types that another one beats.
 
     Norms, routers and whatever llama-quantize keeps are never decided, nor are tensors that are quantized already
     (unless options.allow_requantize). A tensor without a cost takes that of its like in the nearest layer, as NextN
@@ -39,7 +40,7 @@ def make_space(
     Raises UsageError for constraints that leave a tensor without a type.
     """
     constraints = constraints or Constraints()
-    return _Builder(model, costs, importance, constraints, options).space()
+    return _Builder(model, costs, importance, constraints, options, pruned).space()
 
 
 class _Builder:
@@ -52,9 +53,10 @@ class _Builder:
         importance: Importance | None,
         constraints: Constraints,
         options: PlanOptions,
+        pruned: bool,
     ) -> None:
         self.model, self.costs, self.importance = model, costs, importance
-        self.constraints, self.options = constraints, options
+        self.constraints, self.options, self.pruned = constraints, options, pruned
         self.facts = facts(model)
         trunk = self.facts.trunk_layers
         self.roles = {
@@ -99,7 +101,8 @@ class _Builder:
                                   + ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))  # fmt: skip
         if not single:
             raise UsageError("this model has no tensor whose type could be decided")
-        groups = tuple(prune(group, timed=self.constraints.speeds is not None) for group in self._joined(single))
+        timed = self.constraints.speeds is not None
+        groups = tuple(prune(group, timed=timed) if self.pruned else group for group in self._joined(single))
         return Space(
             self.model, self.importance, self.options, self.costs, groups, fixed, self.constraints, tuple(self.notes)
         )
