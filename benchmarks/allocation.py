@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=24, help="random recipes of each size")
     parser.add_argument("--spanning", type=int, default=40)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--gpu-layers", type=int, default=0, help="-1: all")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.held = options, ExitStack()
-        self.session = SessionOptions(threads=options.threads)
+        self.session = SessionOptions(threads=options.threads, gpu_layers=options.gpu_layers)
         self.model = self.held.enter_context(open_model(options.model))
         matrix = self.held.enter_context(Importance.read(options.imatrix))
         self.measured = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
