@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_quant.serving.fit import Fit
     from apex_quant.serving.joint import Joint
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
 def fit(
@@ -42,7 +42,6 @@ def fit(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Exact bytes of weights, KV cache and states, compute buffers, expert offload: what fits, how much context."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.serving.fit import fit as run
     from apex_quant.sizes import parse_size
 
@@ -60,9 +59,9 @@ def fit(
         results=results or (),
     )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show(_console(False), found)
+        show(console_for(False), found)
 
 
 def _size(text: str) -> int:

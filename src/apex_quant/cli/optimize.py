@@ -15,9 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.evaluate import EvaluationBar, interval
+from apex_quant.cli.options import Json
 from apex_quant.cli.progress import JobBar
 from apex_quant.errors import UsageError
+from apex_quant.sizes import parse_size
 
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import Frontier
@@ -44,7 +47,6 @@ Equal = Annotated[
     str,
     typer.Option("--equal", metavar="SIBLINGS,...", help="of one type in each layer: gate_up, qkv, ffn; '' for none"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
 class OptimizeBar:
@@ -128,7 +130,6 @@ def optimize(
     """Choose every tensor's type by measurement, for any size, and prove how good the choice is."""
     from apex_quant.allocation.constraints import minimums
     from apex_quant.allocation.optimize import optimize as run
-    from apex_quant.cli.app import _console, _print_json, parse_size
 
     with OptimizeBar(model.name) as bar:
         made = run(
@@ -160,9 +161,9 @@ def optimize(
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_optimized(_console(False), made)
+        show_optimized(console_for(False), made)
 
 
 def frontier(
@@ -179,7 +180,6 @@ def frontier(
     """The least predicted KLD of every size, and the published tiers beside the curve."""
     from apex_quant.allocation.constraints import minimums
     from apex_quant.allocation.frontier import frontier as run
-    from apex_quant.cli.app import _console, _print_json
 
     with OptimizeBar(f"frontier of {model.stem}") as bar:
         made = run(
@@ -194,9 +194,9 @@ def frontier(
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_frontier(_console(False), made)
+        show_frontier(console_for(False), made)
 
 
 def quantize_measured(
@@ -213,7 +213,6 @@ def quantize_measured(
 ) -> None:
     """`apex quantize --tier T --measured`: the measured twin of each tier, in the form of quantize's outputs."""
     from apex_quant.allocation.optimize import measured_twin
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.encode.quantize import expand_tiers
 
     _refuse_choices(options, dry_run)
@@ -238,7 +237,7 @@ def quantize_measured(
                 progress=bar,
             )
         if not as_json:
-            show_optimized(_console(False), made)
+            show_optimized(console_for(False), made)
         outputs.append(
             {
                 "tier": f"{name}-measured",
@@ -251,7 +250,7 @@ def quantize_measured(
             }
         )
     if as_json:
-        _print_json({"outputs": outputs})
+        print_json({"outputs": outputs})
 
 
 def _sha256(path: Path) -> str:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from apex_quant.cli import one_line, safe
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
 
 def serve(
@@ -40,7 +40,6 @@ def serve(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Serve a model with what fits this machine, chosen and explained; Ctrl-C ends it."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.fit import _size
     from apex_quant.serving.serve import serve as run
     from apex_quant.sizes import parse_size
@@ -64,11 +63,11 @@ def serve(
         ) as service:  # fmt: skip
             plan = service.plan
             if as_json:
-                _print_json({"url": service.url, "model": plan.alias, "key": api_key_file is not None,
+                print_json({"url": service.url, "model": plan.alias, "key": api_key_file is not None,
                              "plan": plan.to_json()})  # fmt: skip
                 sys.stdout.flush()
             else:
-                console = _console(False)
+                console = console_for(False)
                 for line in plan.reasons:
                     console.print(f"  {safe(line)}")
                 for line in plan.warnings:
