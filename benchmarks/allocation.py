@@ -36,9 +36,8 @@ import numpy as np  # noqa: E402
 import apex_quant  # noqa: E402
 from apex_quant.allocation import baselines  # noqa: E402
 from apex_quant.allocation.choices import make_space  # noqa: E402
-from apex_quant.allocation.constraints import Constraints  # noqa: E402
 from apex_quant.allocation.cost import CostModel  # noqa: E402
-from apex_quant.allocation.exchange import smoothed  # noqa: E402
+from apex_quant.allocation.exchange import parted, smoothed  # noqa: E402
 from apex_quant.allocation.inputs import sensitivities_of  # noqa: E402
 from apex_quant.allocation.space import Predicted, Space  # noqa: E402
 from apex_quant.allocation.validate import Candidate, Validator, best_of  # noqa: E402
@@ -71,7 +70,7 @@ def main() -> int:
     )
     parser.add_argument("--rivals", default=",".join((*TIERS, *MIXES)), help="tiers and mixes, with commas between")
     parser.add_argument("--chunks", type=int, help=f"of each held-out text, of {CTX} tokens (default: all)")
-    parser.add_argument("--validate", action="store_true", help="measure near-optimal recipes on the probe text first")
+    parser.add_argument("--validate", action="store_true", help="choose near-optimal recipes on the validation text")
     parser.add_argument("--ours", default="optimum", help="optimum, smoothed, apart: without --validate")
     parser.add_argument("--plot", type=Path, help="the table as a picture")
     parser.add_argument("--random", action="store_true")
@@ -92,14 +91,14 @@ def main() -> int:
 
 
 class Bench:
-    """The space, and two validators: one judges on held-out text, one chooses on the probe text."""
+    """The space, and two validators: one judges on held-out text, one chooses on the validation text."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.held = options, ExitStack()
         self.session = SessionOptions(threads=options.threads)
         self.model = self.held.enter_context(open_model(options.model))
         matrix = self.held.enter_context(Importance.read(options.imatrix))
-        self.measured = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
+        self.measured, _ = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
         costs = CostModel.from_sensitivities(self.measured)
         self.space = make_space(self.model, costs, importance=matrix)
         self.judge = self._validator(matrix, self._reference())
@@ -114,11 +113,12 @@ class Bench:
         self.held.close()
 
     def _validator(self, matrix: Importance, reference: Path | None) -> Validator:
-        folder = self.options.work / ("heldout" if reference else "probe")
+        folder = self.options.work / ("heldout" if reference else "validation")
         folder.mkdir(exist_ok=True)
         return Validator(
             self.model, folder, matrix, self.options.imatrix, PlanOptions(), reference=reference, session=self.session,
             threads=self.options.threads, chunks=self.options.chunks if reference else None, keep=False,
+            ctx=int(self.measured.settings.get("ctx", CTX)),
         )  # fmt: skip
 
     def _reference(self) -> Path:
@@ -134,16 +134,11 @@ class Bench:
         """The measured allocation of at most `target` bytes, and how it was chosen."""
         made: dict[str, Predicted] = {"optimum": self.space.fit(target)}
         made["smoothed"] = self._repredicted(smoothed(self.space), target)
-        made["apart"] = self._repredicted(self._apart(), target)
+        made["apart"] = self._repredicted(parted(self.space), target)
         if not self.options.validate:
             return self.options.ours, made[self.options.ours]
-        best, _ = best_of(self.chooser.measure(made))
+        best = best_of(self.chooser.measure(made))
         return best.name, best.file
-
-    def _apart(self) -> Space:
-        return make_space(
-            self.model, self.space.costs, importance=self.space.importance, constraints=Constraints(equal=())
-        )
 
     def _repredicted(self, space: Space, target: int) -> Predicted:
         return self.space.predicted(space.fit(target).plan)

@@ -92,7 +92,7 @@ def frontier(
     with ExitStack() as held:
         opened = held.enter_context(open_model(model))
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
-        measured = sensitivities_of(opened, sensitivity, imatrix, report=progress)
+        measured, said = sensitivities_of(opened, sensitivity, imatrix, report=progress)
         costs = CostModel.from_sensitivities(measured)
         constraints = Constraints(
             types=as_types(list(types) if types is not None and not isinstance(types, str) else types),
@@ -104,7 +104,7 @@ def frontier(
         sizes = [smallest + (largest - smallest) * place // (points - 1) for place in range(points)]
         found = tuple(_point(space, size) for size in sizes)
         tiers, left_out = _tiers(space)
-        made = Frontier(display_name(opened), found, tiers, left_out, Path(out) if out else None, space.notes)
+        made = Frontier(display_name(opened), found, tiers, left_out, Path(out) if out else None, (*said, *space.notes))
     if out is not None:
         plot(made, Path(out))
     return made

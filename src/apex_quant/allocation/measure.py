@@ -49,7 +49,7 @@ from apex_quant.runtime.options import SessionOptions
 
 WORKER = "apex_quant.allocation.probe_job"
 TOKENS = 4096
-CTX = 512
+CTX = 256  # short, so that validation at the same context has the chunks that an interval takes
 _FORMAT = 1  # of the journal and of what its numbers mean
 
 

@@ -118,7 +118,6 @@ class Sensitivities(_Part):
     errors: dict[str, dict[str, Distortion]]
     joint: list[Joint] = []
     floor: Measured | None = None
-    additivity: dict[str, Any] = {}
     tokens_spent: Count = 0
     seconds: Positive = 0.0
     warnings: list[str] = []
@@ -152,9 +151,11 @@ class Sensitivities(_Part):
             raise ValueError(f"no tensor type is called {unknown[0][:40]!r}")
         return self
 
-    def group_of(self) -> dict[str, Group]:
-        """Tensor -> its group."""
-        return {name: group for group in self.groups for name in group.tensors}
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many groups were measured with real weights, with noise, estimated, and not known at all."""
+        first = [group.probes[0].kind if group.probes else "unknown" for group in self.groups]
+        return {kind: first.count(kind) for kind in ("real", "noise", "estimated", "unknown") if kind in first}
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True, exclude_none=False)
