@@ -25,6 +25,10 @@ from apex_quant.recipe.metadata import display_name
 from apex_quant.runtime.options import SessionOptions
 
 _COPY = 16 << 20
+_KINDS = {
+    "real": "were measured", "noise": "were measured by noise", "estimated": "are estimated from other layers",
+    "guessed": "are guessed from their error alone", "unknown": "are not known",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,11 +176,10 @@ def sensitivities_of(
 def quality(measured: Sensitivities) -> list[str]:
     """What has to be said where not everything was measured."""
     kinds = measured.kinds
-    lacking = kinds.get("estimated", 0) + kinds.get("unknown", 0)
-    if not lacking:
+    if not set(kinds) - {"real", "noise"}:
         return []
-    total = len(measured.groups)
+    counts = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in kinds.items())
     return [
-        f"of {total} groups {total - lacking} were measured and {lacking} are estimated or unknown, since the budget "
-        "ended: 'optimal' is so of costs that are partly guesses; apex measure with more --budget goes on"
+        f"of {len(measured.groups)} groups {counts}, since the budget of apex measure ended: what is optimal for such "
+        "costs may be far from it for the model; the same command with a larger --budget goes on"
     ]

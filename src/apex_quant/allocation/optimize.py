@@ -274,9 +274,11 @@ def _validated(space: Space, first: Fitted, target: Target, validator: Validator
     if target.kld is not None:
         kept["kept"] = best.value <= target.kld
         if not kept["kept"]:
+            low = best.kld["low"]
+            how = "reached within the error alone" if low is not None and low <= target.kld else "missed"
             notes.append(
-                f"the target is missed: {best.value:.4g} nats were measured, and {target.kld:g} asked for, though the "
-                f"size was corrected once; ask for less"
+                f"the target is {how}: {best.value:.4g} nats were measured and {target.kld:g} asked for, after the size "
+                "was corrected once; ask for less"
             )
     return _Made(
         best.file, limit, problem, best, validator.about, ratio(measured),
