@@ -204,7 +204,7 @@ def optimize(
             candidates=made.candidates, settings=settings, notes=notes,
         )  # fmt: skip
         output: Path | None = None
-        if quantize and made.best is not None:
+        if quantize and made.best is not None and len(made.chosen.plan.layouts) == 1:
             if not made.best.path.exists():  # measured in an earlier run, and moved away then
                 validator.encode([(made.best.file, made.best.path)])
             output = moved(made.best.path, paths.output)
@@ -277,8 +277,8 @@ def _validated(space: Space, first: Fitted, target: Target, validator: Validator
             low = best.kld["low"]
             how = "reached within the error alone" if low is not None and low <= target.kld else "missed"
             notes.append(
-                f"the target is {how}: {best.value:.4g} nats were measured and {target.kld:g} asked for, after the size "
-                "was corrected once; ask for less"
+                f"the target is {how}: {best.value:.4g} nats were measured and {target.kld:g} asked for, after the "
+                "size was corrected once; ask for less"
             )
     return _Made(
         best.file, limit, problem, best, validator.about, ratio(measured),

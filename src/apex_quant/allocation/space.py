@@ -78,9 +78,7 @@ class Space:
 
     def plan(self, types: Mapping[str, GGMLType]) -> Plan:
         """The plan of a choice: that of `apex quantize --recipe` with it."""
-        every = {**self.fixed, **types}
-        lines = [f"{anchored(name)}={kind.name}" for name, kind in every.items()]
-        return plan(self.model, None, imatrix=self.importance, options=replace(self.options, override=lines))
+        return plan_of(self.model, {**self.fixed, **types}, self.importance, self.options)
 
     def extreme(self, largest: bool) -> dict[str, GGMLType]:
         """The choice of the most, or of the fewest bytes."""
@@ -90,6 +88,17 @@ class Space:
     def bounds(self) -> tuple[int, int]:
         """Bytes of the smallest and of the largest file."""
         return self.plan(self.extreme(False)).total_bytes, self.plan(self.extreme(True)).total_bytes
+
+    def fit_bounds(self) -> tuple[int, int]:
+        """Bytes of the smallest and of the largest file that keep the second budget. Raises UsageError for none."""
+        smallest, largest = self.bounds()
+        if self.constraints.speeds is None:
+            return smallest, largest
+        if (slow := self._too_slow()) is not None:
+            raise slow
+        limits = self.limits(None)
+        least = solve(self.groups, limits, objective="bytes").types(self.groups)
+        return self.plan(least).total_bytes, largest
 
     def cost(self, name: str, kind: GGMLType) -> float:
         """What a tensor in a type adds to the sum: nothing as a float, in its own type, or where nothing is known."""
@@ -222,7 +231,7 @@ class Space:
         least = math.fsum(min(o.seconds for o in group.options) for group in self.groups)
         if least <= most:
             return None
-        factor = math.ceil(1e4 * least / self.seconds(ggml_type(speeds.reference))) / 1e4
+        factor = math.ceil(1e4 * least / self.seconds(ggml_type(speeds.reference)) - 1e-6) / 1e4
         return UsageError(
             f"no choice of types keeps --max-slowdown {self.constraints.max_slowdown:g} of {speeds.reference}: the "
             f"nearest feasible is {factor:g}",
@@ -250,6 +259,14 @@ class Space:
             hint="ask for that size, or allow smaller types"
             + ("" if self.importance is not None else "; many need an importance matrix (--imatrix)"),
         )
+
+
+def plan_of(
+    model: GGUFModel, types: Mapping[str, GGMLType], importance: Importance | None, options: PlanOptions
+) -> Plan:
+    """The plan of `apex quantize --recipe` with these types."""
+    lines = [f"{anchored(name)}={kind.name}" for name, kind in types.items()]
+    return plan(model, None, imatrix=importance, options=replace(options, override=lines))
 
 
 def padded_bytes(shape: tuple[int, ...], kind: GGMLType) -> int:

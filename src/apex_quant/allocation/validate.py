@@ -11,13 +11,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from apex_quant.allocation.measure import CTX
-from apex_quant.allocation.space import Predicted
+from apex_quant.allocation.space import Predicted, plan_of
 from apex_quant.allocation.texts import VALIDATION, ProbeTexts, validation_texts
 from apex_quant.encode.job import EXECUTOR, JobProgress, run_job
 from apex_quant.encode.quantize import refuse_unsafe, usable_cpus
@@ -33,7 +33,7 @@ from apex_quant.gguf import GGUFModel, open_model
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import prior_of
 from apex_quant.native import Child, library_info
-from apex_quant.recipe.planned import PlanOptions
+from apex_quant.recipe.planned import Plan, PlanOptions
 from apex_quant.runtime.options import SessionOptions
 
 _FORMAT: Final = 2  # of what is kept in the folder
@@ -125,7 +125,7 @@ class Validator:
         with Child(EXECUTOR, single_blas=True) as child:
             run_job(
                 self.model,
-                [(file.plan, path) for file, path in pairs],
+                [(self._whole(file), path) for file, path in pairs],
                 imatrix=self.imatrix,
                 imatrix_sha256=self.importance.sha256 if self.importance else None,
                 threads=threads,
@@ -133,6 +133,13 @@ class Validator:
                 progress=self.encoding,
                 child=child,
             )
+
+    def _whole(self, file: Predicted) -> Plan:
+        """A candidate is one file, whatever shards are asked for in the end."""
+        if len(file.plan.layouts) == 1:
+            return file.plan
+        options = replace(self.options, split_max_size=None, keep_split=False)
+        return plan_of(self.model, file.types, self.importance, options)
 
     def drop(self, candidates: Sequence[Candidate]) -> None:
         """Remove their files; what was measured stays."""

@@ -38,6 +38,19 @@ def parse_time(text: str) -> float:
     return seconds
 
 
+Groups = Annotated[
+    str, typer.Option("--groups", metavar="HOW", help="tensor, or some of role,part,layer: what is probed together")
+]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="TIME", help="30min, 90s, 2h: less text, then fewer probes")
+]
+Load = Annotated[
+    Path | None,
+    typer.Option("--load", metavar="FILE", help="disturb this file of the same model, such as its Q8_0 form, "
+                 "where MODEL does not fit into memory"),
+]  # fmt: skip
+
+
 class MeasureBar:
     """A context manager; call it with each MeasureProgress. A bar on a terminal, now and then a line elsewhere."""
 
@@ -90,28 +103,23 @@ def measure(
     ] = None,
     fill: Annotated[str, typer.Option("--fill", metavar="RULE", help="as apex quantize --fill")] = "prior",
     tokens: Annotated[str, typer.Option("--tokens", metavar="N", help="of text in each probe: 4096, 16k")] = "4096",
-    budget: Annotated[
-        str | None, typer.Option("--budget", metavar="TIME", help="30min, 90s, 2h: less text, then fewer probes")
-    ] = None,
-    groups: Annotated[
-        str, typer.Option("--groups", metavar="HOW", help="tensor, or some of role,part,layer: what is probed together")
-    ] = "tensor",
+    budget: Budget = None,
+    groups: Groups = "tensor",
     probe: Annotated[
         list[str] | None,
         typer.Option("--probe", metavar="TYPE,...", help="types that every group is probed in; 'noise': by random "
                      "matrices of the size of their error instead"),
     ] = None,
     joint: Annotated[int, typer.Option("--joint", min=0, help="random recipes of the whole model to measure too")] = 12,
-    load: Annotated[
-        Path | None,
-        typer.Option("--load", metavar="FILE", help="disturb this file of the same model, such as its Q8_0 form, "
-                     "where MODEL does not fit into memory"),
-    ] = None,
+    load: Load = None,
     text: Annotated[
         list[Path] | None, typer.Option("--text", metavar="FILE", help="instead of the built-in probe text; repeat")
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=16, help="tokens of a chunk")] = 512,
+    ctx: Annotated[int, typer.Option("--ctx", min=16, help="tokens of a chunk")] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the random recipes")] = 0,
+    no_rounding: Annotated[
+        bool, typer.Option("--no-rounding", help="do not run a Q8_0 file, which tells what rounding activations costs")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="fail unless there is an interrupted run to go on with")
     ] = False,
@@ -149,6 +157,7 @@ def measure(
             text=text,
             budget=parse_time(budget) if budget is not None else None,
             seed=seed,
+            rounding=not no_rounding,
             options=options,
             resume=resume,
             force=force,
