@@ -12,8 +12,8 @@ removed; what was measured is kept in --work, and the same command goes on from 
 
 `--random`: 24 random recipes of equal size at three sizes and 40 that span 2 to 8 bits per weight, each tensor in any
 type that can be encoded, on the first chunks of the held-out text: Spearman's rank correlation of predicted and
-measured KLD with an interval over recipes, and relative errors, plain and with the floor added that a Q8_0 file shows.
-The same for error alone, with rows counted and with all tensors alike.
+measured KLD with an interval over recipes, and relative errors, with and without what apex measure found rounding of
+activations to cost. The same ranks for error alone, with rows counted and with all tensors alike.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ import numpy as np  # noqa: E402
 import apex_quant  # noqa: E402
 from apex_quant.allocation import baselines  # noqa: E402
 from apex_quant.allocation.choices import make_space  # noqa: E402
-from apex_quant.allocation.constraints import Constraints  # noqa: E402
 from apex_quant.allocation.cost import CostModel  # noqa: E402
-from apex_quant.allocation.exchange import smoothed  # noqa: E402
+from apex_quant.allocation.exchange import parted, smoothed  # noqa: E402
 from apex_quant.allocation.inputs import sensitivities_of  # noqa: E402
 from apex_quant.allocation.space import Predicted, Space  # noqa: E402
 from apex_quant.allocation.validate import Candidate, Validator, best_of  # noqa: E402
@@ -71,7 +70,7 @@ def main() -> int:
     )
     parser.add_argument("--rivals", default=",".join((*TIERS, *MIXES)), help="tiers and mixes, with commas between")
     parser.add_argument("--chunks", type=int, help=f"of each held-out text, of {CTX} tokens (default: all)")
-    parser.add_argument("--validate", action="store_true", help="measure near-optimal recipes on the probe text first")
+    parser.add_argument("--validate", action="store_true", help="choose near-optimal recipes on the validation text")
     parser.add_argument("--ours", default="optimum", help="optimum, smoothed, apart: without --validate")
     parser.add_argument("--plot", type=Path, help="the table as a picture")
     parser.add_argument("--random", action="store_true")
@@ -93,14 +92,14 @@ def main() -> int:
 
 
 class Bench:
-    """The space, and two validators: one judges on held-out text, one chooses on the probe text."""
+    """The space, and two validators: one judges on held-out text, one chooses on the validation text."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.held = options, ExitStack()
         self.session = SessionOptions(threads=options.threads, gpu_layers=options.gpu_layers)
         self.model = self.held.enter_context(open_model(options.model))
         matrix = self.held.enter_context(Importance.read(options.imatrix))
-        self.measured = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
+        self.measured, _ = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
         costs = CostModel.from_sensitivities(self.measured)
         self.space = make_space(self.model, costs, importance=matrix)
         self.judge = self._validator(matrix, self._reference())
@@ -115,11 +114,12 @@ class Bench:
         self.held.close()
 
     def _validator(self, matrix: Importance, reference: Path | None) -> Validator:
-        folder = self.options.work / ("heldout" if reference else "probe")
+        folder = self.options.work / ("heldout" if reference else "validation")
         folder.mkdir(exist_ok=True)
         return Validator(
             self.model, folder, matrix, self.options.imatrix, PlanOptions(), reference=reference, session=self.session,
             threads=self.options.threads, chunks=self.options.chunks if reference else None, keep=False,
+            ctx=int(self.measured.settings.get("ctx", CTX)),
         )  # fmt: skip
 
     def _reference(self) -> Path:
@@ -135,16 +135,11 @@ class Bench:
         """The measured allocation of at most `target` bytes, and how it was chosen."""
         made: dict[str, Predicted] = {"optimum": self.space.fit(target)}
         made["smoothed"] = self._repredicted(smoothed(self.space), target)
-        made["apart"] = self._repredicted(self._apart(), target)
+        made["apart"] = self._repredicted(parted(self.space), target)
         if not self.options.validate:
             return self.options.ours, made[self.options.ours]
-        best, _ = best_of(self.chooser.measure(made))
+        best = best_of(self.chooser.measure(made))
         return best.name, best.file
-
-    def _apart(self) -> Space:
-        return make_space(
-            self.model, self.space.costs, importance=self.space.importance, constraints=Constraints(equal=())
-        )
 
     def _repredicted(self, space: Space, target: int) -> Predicted:
         return self.space.predicted(space.fit(target).plan)
@@ -204,12 +199,16 @@ class Bench:
             planned = baselines.random_recipe(drawn, size, seed=1000 + number, spread=1.0, tolerance=0.03)
             recipes[f"span/{number}"] = self.space.predicted(planned)
         say(f"{len(recipes)} recipes")
-        # what rounding of activations costs in the backend, whatever the weights: of the nearly perfect Q8_0 file
+        # the nearly perfect file: what it diverges by is rounding of activations, on the text that judges
         recipes["Q8_0"] = self.space.predicted(baselines.tier_plan(self.space, "Q8_0"))
         found = self.judged(recipes)
-        floor = found["Q8_0"].value - found["Q8_0"].file.predicted
-        print("floor", floor)
-        document: dict[str, Any] = {"floor": floor, "recipes": {name: one.to_json() for name, one in found.items()}}
+        rounding, nearly = CostModel.from_sensitivities(self.measured).rounding, found["Q8_0"]
+        document: dict[str, Any] = {
+            "rounding": rounding,
+            "Q8_0": {"predicted": nearly.file.predicted, "measured": nearly.kld},
+            "recipes": {name: one.to_json() for name, one in found.items()},
+        }
+        print(f"rounding {rounding:.5f}; Q8_0: predicted {nearly.file.predicted:.5f}, measured {nearly.value:.5f}")
         for group in [*map(str, sizes), "span"]:
             mine = [one for name, one in found.items() if name.startswith(f"{group}/")]
             if len(mine) < 3:
@@ -224,8 +223,8 @@ class Bench:
             small = [(p, t) for p, t in zip(predicted, true, strict=True) if t < 0.3]
             if small:
                 stats["below_0.3"] = len(small)
-                for what, more in (("", 0.0), ("_with_floor", floor)):
-                    off = [abs((p + more) / t - 1) for p, t in small]
+                for what, less in (("", 0.0), ("_without_rounding", rounding)):
+                    off = [abs((p - less) / t - 1) for p, t in small]
                     stats[f"median_relative_error_below_0.3{what}"] = float(np.median(off))
             document[group] = stats
             print(group, json.dumps(stats))

@@ -334,6 +334,9 @@ def quantize(
     sensitivity: Annotated[
         Path | None, typer.Option("--sensitivity", metavar="FILE", help="of apex measure, for --measured")
     ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="DIR", help="keep what --measured encoded and measured here")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make every requested file in one pass over the model. Interrupted, the same command goes on."""
@@ -348,10 +351,10 @@ def quantize(
         fill,
     )  # fmt: skip
     if measured:
-        quantize_measured(model, tier, imatrix, sensitivity, out, options, threads, force, dry_run, as_json)
+        quantize_measured(model, tier, imatrix, sensitivity, work, out, options, threads, force, dry_run, as_json)
         return
-    if sensitivity is not None:
-        raise UsageError("--sensitivity is for --measured: a tier does not read it")
+    if sensitivity is not None or work is not None:
+        raise UsageError("--sensitivity and --work are for --measured: a tier does not read them")
     with JobBar(f"quantizing {model.name}") as bar:
         result = run(
             model,
