@@ -302,3 +302,21 @@ def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (again.records, again.about, again.hashes) == (state.records, state.about, state.hashes)
     assert again.damage(record) is None
     assert PhaseRun("a", ("",), (), "r").to_json()["ran"] == [""]
+
+
+@pytest.mark.parametrize("work", ["sub/../out", "link/out", "../{name}/out"])
+def test_a_folder_by_any_name(toy: Toy, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    """`..` and links in --work name one folder: the second run finds what the first made there."""
+    (toy.folder / "sub").mkdir()
+    (toy.folder / "link").symlink_to(toy.folder)
+    monkeypatch.chdir(toy.folder)
+    toy.work = toy.folder / "out"
+    given = work.format(name=toy.folder.name)
+    toy.fails = "quantize weighted"
+    with pytest.raises(InputError, match="broken"):
+        toy.run(keep=True, work=given)
+    toy.fails, toy.tokens = None, 6
+    toy.run(keep=True, work=given)
+    assert toy.calls == [("calibrate", ""), ("quantize", "weighted")]
+    toy.run(keep=True, work=str(toy.work))
+    assert toy.calls == []

@@ -24,7 +24,7 @@ from apex_quant.pipeline.look import RESUMED, Look, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
 from apex_quant.pipeline.source_facts import SourceFacts, source_facts
-from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, now
+from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
 from apex_quant.pipeline.table import PHASES
 
 
@@ -50,7 +50,7 @@ def run(
     """
     tell = progress or (lambda event: None)
     config = configured(source, options, lambda note: tell(PhaseEvent("note", "config", note)))
-    work = config.work_folder.absolute()
+    work = config.work_folder.resolve()
     selected = config.phases.selected()
     if dry_run:
         context = Context(config, work, State(work).load(), tell, yes=yes)
@@ -184,11 +184,11 @@ class _Engine:
         if again:
             old, record = started.pop(item.name, None), state.record(phase.name, item.name)
             names = [*(record.claims if record else []), *(old.claims if old else []), *claims]
-            given = {Path(path).absolute() for path in item.about.get("shards", ())}
+            given = {located(path) for path in item.about.get("shards", ())}
             for name in dict.fromkeys(names):
                 if phase.name != "source":
                     self._refuse_source(state.work / name)
-                elif (state.work / name).absolute() in given:
+                elif located(state.work / name) in given:
                     continue  # the user's own file, or a link of ours that has become it
                 disk.clear(state.work, state.work / name)
                 state.forget(state.work / name)

@@ -75,12 +75,17 @@ def digest_of(parts: Iterable[str]) -> str:
     return every[0] if len(every) == 1 else hashlib.sha256("\n".join(every).encode()).hexdigest()
 
 
+def located(path: Path) -> Path:
+    """Absolute, by the folder that it lies in: `..` and links to folders are followed, a link to a file stays."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+
+
 class State:
-    """The document of one WORK folder."""
+    """The document of one WORK folder; `work` is its real place, however it was named."""
 
     def __init__(self, work: Path) -> None:
-        self.work = work
-        self.path = work / STATE
+        self.work = work.resolve()
+        self.path = self.work / STATE
         self.records: dict[str, dict[str, Record]] = {}
         self.started: dict[str, dict[str, Started]] = {}
         self.hashes: dict[str, list[Any]] = {}
@@ -149,7 +154,7 @@ class State:
 
     def relative(self, path: Path) -> str:
         """As it stands in the state: below WORK relative, so that the folder may be moved."""
-        absolute = path.absolute()
+        absolute = located(path)
         return str(absolute.relative_to(self.work)) if absolute.is_relative_to(self.work) else str(absolute)
 
     def sha256(self, path: Path) -> str:

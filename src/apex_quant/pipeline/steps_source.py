@@ -13,7 +13,7 @@ from apex_quant.pipeline import steps_projector
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item, Need
-from apex_quant.pipeline.state import digest_of
+from apex_quant.pipeline.state import digest_of, located
 
 # of a hub repository, what a conversion reads; the pickled weights only where there are no others
 PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
@@ -70,7 +70,7 @@ def source_claims(context: Context, item: Item) -> Iterable[Path]:
 
 def _shards(path: Path) -> list[Path]:
     with open_model(path) as model:
-        return [Path(file.path).absolute() for file in model.files]
+        return [located(Path(file.path)) for file in model.files]
 
 
 def _links(context: Context, shards: Sequence[Path]) -> list[Path]:
