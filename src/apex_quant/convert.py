@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from apex_quant.checkpoint import OUTTYPES, READ_METHODS, Checkpoint, describe
-from apex_quant.converter_python import ConverterPython, find_python
+from apex_quant.converter_python import HIDDEN, ConverterPython, find_python
 from apex_quant.converter_source import Converter, find_converter
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf import AtomicFile, open_model
@@ -206,8 +206,7 @@ class _Run:
             "without_nextn": self.checkpoint.without_nextn,
         }
         env = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", HF_HUB_OFFLINE="1")
-        # ours must not be what it imports
-        for name in ("PYTHONPATH", "PYTHONHOME", "NO_LOCAL_GGUF"):
+        for name in HIDDEN:
             env.pop(name, None)
         process = subprocess.Popen(
             [str(self.python), str(_CHILD), json.dumps(options), *arguments],

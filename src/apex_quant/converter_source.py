@@ -135,7 +135,7 @@ def _download(folder: Path, sha256: str, say: Say) -> Path:
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{LIBRARY}=={LIBRARY_VERSION} --hash=sha256:{sha256}\n")
     options = ["--no-deps", "--no-binary", LIBRARY, "--require-hashes", "-r", str(wanted), "-d", str(folder)]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options]
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     archive = next(folder.glob("*.tar.gz"), None)
     if ran.returncode or archive is None:
