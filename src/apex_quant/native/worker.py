@@ -143,6 +143,7 @@ class Child:
             f"the process that was {step} ended with {how}; the library's last line: {last}",
             log_tail="\n".join(self._log),
             hint=hint,
+            signal=-status if status < 0 else None,
         )
 
 
