@@ -24,6 +24,7 @@ MOST_BYTES: Final = 48_000_000_000  # of one file: the hub's web downloads end a
 MOST_FILES: Final = 10_000
 _MOST_JSON: Final = 256 << 20
 QUARANTINE: Final = ".quarantine.json"
+_CHECKING: Final = (".verify", ".evaluate")  # phases of `apex run` that leave a note each
 SUMS: Final = "SHA256SUMS"
 
 Kind = Literal["model", "projector", "imatrix", "recipe", "results", "report", "card", "sums"]
@@ -213,9 +214,10 @@ def _problem(model: Model, files: dict[str, LocalFile]) -> str | None:
     """Why this model is not published, by what lies beside it and its header; None when nothing speaks against it."""
     folder = model.first.parent
     for name in _names(model):
-        note = folder / (name + QUARANTINE)
-        if note.exists():
-            return f"quarantined: {_quarantine_reason(note)}"
+        for phase in ("", *_CHECKING):
+            note = folder / (name + phase + QUARANTINE)
+            if note.exists():
+                return f"quarantined: {_quarantine_reason(note)}"
     journals = [Journal(path.with_name(path.name.removesuffix(".journal"))) for path in folder.glob("*.journal")]
     for journal in journals:
         journal.load()

@@ -177,7 +177,10 @@ def test_damaged_models_are_refused(hub: MockHub, token: str, folder: Path) -> N
     assert "its journal says" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["tiny-compact.gguf.quarantine.json", "tiny-compact.quarantine.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny-compact.gguf.quarantine.json", "tiny-compact.quarantine.json", "tiny-compact.gguf.evaluate.quarantine.json"],
+)
 def test_quarantined_models_are_refused(hub: MockHub, token: str, folder: Path, name: str) -> None:
     (folder / name).write_text('{"reason": "repeats itself"}')
     assert "tiny-compact.gguf: quarantined: repeats itself" in refused(folder)

@@ -91,7 +91,7 @@ def test_a_file_that_writes_garbage_is_quarantined(again: Path, monkeypatch: pyt
     assert ran(made) == {"verify": ("quality",)}  # and no time is spent on measuring it
     (bad,) = made.quarantined
     assert not bad.verified
-    note = json.loads((again / "work/release/Small-APEX-Quality.gguf.quarantine.json").read_text())
+    note = json.loads((again / "work/release/Small-APEX-Quality.gguf.verify.quarantine.json").read_text())
     assert note["phase"] == "verify"
     assert note["reason"].startswith("100% of what it writes is one piece over and over")
     with pytest.raises(Exception, match="quarantined: 100% of what it writes"):

@@ -21,6 +21,7 @@ from apex_quant.pipeline.measuring import (
     run_told,
 )
 from apex_quant.pipeline.phases import Done, Item
+from apex_quant.pipeline.proof import proof
 from apex_quant.pipeline.quarantine import note_of, quarantine
 from apex_quant.pipeline.smoke import PROMPTS, ceiling, generate_once, written_before
 from apex_quant.pipeline.steps_files import matrix
@@ -46,7 +47,7 @@ def verify_items(context: Context) -> list[Item]:
 
 
 def verify_claims(context: Context, item: Item) -> Iterable[Path]:
-    return [note_of(context.artifact("quantize", "model", item.name).path)]
+    return [note_of(context.artifact("quantize", "model", item.name).path, "verify")]
 
 
 def verify_weights(context: Context) -> bool:
@@ -124,8 +125,8 @@ def evaluate_items(context: Context) -> list[Item]:
     items = []
     for one in wanted(context.config):
         file = context.artifact("quantize", "model", one.name)
-        bad = ("verify", one.name) not in context.pending and context.facts("verify", one.name).get("quarantined")
-        if not bad:
+        checked = None if ("verify", one.name) in context.pending else proof(context, "verify", one.name)
+        if checked is None or not checked.facts.get("quarantined"):
             limit = context.config.verify.kld_ceiling.get(one.name)
             decided = {**parameters, "kld_ceiling": limit} if limit is not None else parameters
             items.append(Item(one.name, decided, {"file": file.digest, **inputs}))
@@ -136,10 +137,8 @@ def evaluate_claims(context: Context, item: Item) -> Iterable[Path]:
     path = context.artifact("quantize", "model", item.name).path
     stem = path.name.removesuffix(".gguf")
     results = context.release / "results"
-    note = note_of(path)
-    # a note of verify's is not this phase's to delete
-    mine = [] if context.facts("verify", item.name).get("quarantined") else [note]
-    return [results / f"{stem}.json", results / f"{stem}.npz", *mine, parts_folder(context, results / f"{stem}.json")]
+    out = results / f"{stem}.json"
+    return [out, results / f"{stem}.npz", note_of(path, "evaluate"), parts_folder(context, out)]
 
 
 def evaluate_weights(context: Context) -> bool:

@@ -11,6 +11,7 @@ from apex_quant.gguf import open_model, split
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import require
 from apex_quant.pipeline.phases import PENDING, Done, Item, Need
+from apex_quant.pipeline.proof import require_proven
 from apex_quant.pipeline.steps_checks import evaluate_items, evaluate_unused
 from apex_quant.publishable import MOST_BYTES
 
@@ -114,13 +115,17 @@ def publish_claims(context: Context, item: Item) -> Iterable[Path]:
 
 
 def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
-    """Upload, or without --yes say what would be uploaded. Raises as publish(): quarantined files are refused."""
+    """Upload, or without --yes say what would be uploaded.
+
+    Raises as publish(): quarantined files are refused; and InputError for files that were not verified or measured.
+    """
     from apex_quant.publish import publish
 
     given = context.config.publish
     assert given.repo is not None
     for item in items:
         upload = item.parameters["upload"]
+        require_proven(context)
         _split_large(context)
         made = publish(
             context.release,
