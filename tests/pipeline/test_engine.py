@@ -174,6 +174,17 @@ def test_what_another_configuration_began_is_cleared_away(toy: Toy) -> None:
     assert not (toy.work / "release/calibrate-.sums").exists()
 
 
+def test_force_begins_anew_what_was_interrupted(toy: Toy) -> None:
+    toy.fails = "calibrate"
+    with pytest.raises(InputError):
+        toy.run()
+    (toy.work / "release/calibrate-.sums").write_text("half of them")
+    toy.fails = None
+    made = toy.run(phases={"from": "calibrate"}, force=True)
+    assert reasons(made)["calibrate"] == "asked for with --force"
+    assert not (toy.work / "release/calibrate-.sums").exists()
+
+
 def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) -> None:
     said: list[PhaseEvent] = []
     toy.run(progress=said.append)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from apex_quant import run
+from apex_quant import quantize, run
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.pipeline.context import PhaseEvent
 from apex_quant.pipeline.results import RunResult
@@ -21,7 +21,7 @@ from apex_quant.pipeline.status import status
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
 from tests.helpers.generic_models import write_generic
-from tests.pipeline.conftest import ran, small_run
+from tests.pipeline.conftest import SETTINGS, ran, small_run
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -131,6 +131,34 @@ def test_a_phase_needs_those_before_it(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="phase source has not run in") as caught:
         small_run(tmp_path, phases={"phase": "quantize"})
     assert caught.value.hint == "--from source runs it and what follows"
+
+
+def test_a_phase_that_is_left_out_must_be_up_to_date(again: Path, tmp_path: Path) -> None:
+    """Another model, other settings or a damaged file before the phases asked for: refused, nothing is changed."""
+    before = contents(again / "work")
+    state = (again / "work/state.json").read_text()
+    other = again / "Other-BF16.gguf"
+    quantize(again / "Small-BF16.gguf", "Q8_0", out=other, threads=1)
+    with pytest.raises(UsageError) as caught:
+        run(other, **{**SETTINGS, "work": str(again / "work"), "phases": {"from": "recipes"}})
+    assert caught.value.message.startswith(
+        "recipes builds on source, which is left out of this run and out of date: model changed (sha256 "
+    )
+    with pytest.raises(InputError, match="no such file"):
+        run(again / "none.gguf", **{**SETTINGS, "work": str(again / "work"), "phases": {"from": "verify"}}, force=True)
+    corpus = [str(again / "corpus.txt")]
+    with pytest.raises(UsageError, match=r"calibrate, which is left out .* out of date: tokens is 128, was 256"):
+        small_run(
+            again, calibrate={"tokens": 128, "ctx": 64, "corpus": corpus}, phases={"from": "quantize"}, force=True
+        )
+    with pytest.raises(UsageError, match=r"recipes, which is left out .* out of date: after calibrate"):
+        small_run(again, phases={"only": ["calibrate", "quantize"]}, force=True)
+    assert (contents(again / "work"), (again / "work/state.json").read_text()) == (before, state)
+    (again / "work/reference/Small-BF16.apexref").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"evaluate builds on reference, .*Small-BF16\.apexref was changed"):
+        small_run(again, phases={"phase": "evaluate"}, force=True)
+    made = small_run(again, report={"formats": ["md"]}, phases={"phase": "report"})  # which does not read that file
+    assert ran(made) == {"report": ("",)}
 
 
 def test_the_source_is_never_cleared_away(finished: Path, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def run(
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
         context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines)
+        look(context, PHASES, selected, force=selected if force else ())  # what is refused is refused now
         context.state.about |= {"source": config.source, "name": config.model_name, "config": config.to_json()}
         runs = _Engine(context, selected, set(selected) if force else set()).run()
         context.state.prune()
