@@ -24,11 +24,11 @@ from apex_quant.converter_python import HIDDEN, ConverterPython, find_python
 from apex_quant.converter_source import Converter, find_converter
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf import AtomicFile, open_model
+from apex_quant.hub import HUB_ID
 
 __all__ = ["Checkpoint", "Conversion", "ConvertProgress", "convert", "describe"]
 
 _CHILD: Final = Path(__file__).with_name("converter_child.py")
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _PRE: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LAST_LINES: Final = 40
 _MAX_LINE: Final = 64 << 10
@@ -106,7 +106,7 @@ def convert(
         raise UsageError(f"--pre {pre!r} is no name of a splitting rule such as qwen35 or llama-bpe")
     if out is not None:
         _check_target(Path(out), force)
-    is_local = Path(source).exists() or not _HUB_ID.fullmatch(str(source))
+    is_local = Path(source).exists() or not HUB_ID.fullmatch(str(source))
     if is_local and revision is not None:
         raise UsageError("--revision concerns a download, and the source is a directory")
     found = describe(source) if is_local else None  # a wrong directory is said before needs are

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,6 +16,7 @@ from typing import Any, Final, Literal
 from apex_quant.encode.journal import Journal
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import GGUFModel, open_model
+from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.recipe.metadata import DATA_HASH
 
@@ -43,7 +43,6 @@ _KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("*.json", "results"),
     ("*.npz", "results"),
 )
-_SHARD: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NEVER: Final = (".partial", ".journal", QUARANTINE, ".next", ".lock", ".tmp")
 
 
@@ -90,9 +89,9 @@ def publishable(directory: str | Path) -> Publishable:
     files, unproven = _results_only(files)
     left_out += unproven
     whole = {model.paths[0] for model in models if len(model.paths) == 1}
-    cut = {f"{_SHARD.fullmatch(model.paths[0])['prefix']}.gguf" for model in models if len(model.paths) > 1}  # type: ignore[index]
-    # a file that is too large stays here when its shards are beside it
-    replaced = {file.path for file in files if file.path in whole & cut and file.bytes > MOST_BYTES}
+    cut = {f"{SHARD_NAME.fullmatch(model.paths[0])['prefix']}.gguf" for model in models if len(model.paths) > 1}  # type: ignore[index]
+    # a file stays here when its shards are beside it
+    replaced = {file.path for file in files if file.path in whole & cut}
     left_out += sorted(f"{path} (its shards are published)" for path in replaced)
     files = [file for file in files if file.path not in replaced]
     models = [model for model in models if model.paths[0] not in replaced]
@@ -137,7 +136,7 @@ def _models(files: list[LocalFile]) -> tuple[list[Model], dict[str, Kind]]:
     groups: dict[str, list[LocalFile]] = {}
     for file in files:
         if file.kind == "model":
-            shard = _SHARD.fullmatch(file.path)
+            shard = SHARD_NAME.fullmatch(file.path)
             groups.setdefault(f"{shard['prefix']}/{shard['count']}" if shard else file.path, []).append(file)
     models: list[Model] = []
     others: dict[str, Kind] = {}
@@ -237,7 +236,7 @@ def _problem(model: Model, files: dict[str, LocalFile]) -> str | None:
 def _names(model: Model) -> list[str]:
     """File names that a quarantine note may bear: of each file and of the whole, with and without .gguf."""
     names = [Path(path).name for path in model.paths]
-    names += [found["prefix"] for name in names[:1] if (found := _SHARD.fullmatch(name)) is not None]
+    names += [found["prefix"] for name in names[:1] if (found := SHARD_NAME.fullmatch(name)) is not None]
     stems = [name.removesuffix(".gguf") for name in names]
     return list(dict.fromkeys([*names, *stems, *(f"{stem}.gguf" for stem in stems)]))
 

@@ -84,3 +84,30 @@ def test_baselines_and_publishing(hub: MockHub, again: Path) -> None:  # noqa: F
     hub.log.clear()
     assert ran(small_run(again, **more, yes=True)) == {}
     assert hub.log == []
+
+
+@pytest.mark.usefixtures("token")
+def test_large_files_are_published_in_shards(hub: MockHub, again: Path) -> None:  # noqa: F811
+    """Cut before the upload, once: the next run finds nothing to do. Other bytes or sizes are cut anew."""
+    release = again / "work/release"
+
+    def uploaded(most: int, **more: Any) -> list[str]:
+        publish = {"repo": "me/Small", "shards": most, "replace": True}
+        made = small_run(again, publish=publish, yes=True, **more)
+        assert "publish" in ran(made)
+        assert ran(small_run(again, publish=publish, yes=True, **more)) == {}
+        assert made.published is not None
+        return [file["path"] for file in made.published["files"] if file["kind"] == "model"]
+
+    shards = uploaded(2_000_000)
+    assert len(shards) > 2
+    assert all("-of-" in name for name in shards)
+    assert sorted(path.name for path in release.glob("*-of-*.gguf")) == sorted(shards)
+    before = {name: (release / name).read_bytes() for name in shards}
+    assert len(uploaded(3_000_000)) < len(shards)
+    other = {"quantize": {"override_kv": ["general.description=str:another"]}}
+    again_cut = uploaded(2_000_000, **other)
+    assert again_cut == shards
+    assert all((release / name).read_bytes() != data for name, data in before.items() if "-00001-" in name)
+    assert [name for name in uploaded(48_000_000_000, **other) if "-of-" in name] == []
+    assert list(release.glob("*-of-*.gguf")) == []

@@ -127,7 +127,7 @@ def run(
         raise UsageError(
             "what is to be quantized?", hint="apex run MODEL; or apex run --init, which writes a YAML file to edit"
         )
-    given = {key: value for key, value in locals().items() if key in _KEYS and value not in (None, False)}
+    given = {key: value for key, value in locals().items() if key in _KEYS and value is not None and value is not False}
     options: dict[str, Any] = {_KEYS[key]: value for key, value in given.items()}
     if tiers:
         options["tiers"] = ",".join(tiers)

@@ -70,6 +70,7 @@ class HarnessPlan:
     limit: int | None = None
     allow_code: bool = False
     chat: bool | None = None
+    ctx: int | None = None
     parallel: int = 1
 
 

@@ -2,7 +2,6 @@
 
 WORK/source/      the full-precision GGUF, made by `convert`; deleted when no phase needs it (unless kept)
 WORK/reference/   what it predicts: NAME.apexref, and greedy.json of the smoke check
-WORK/baselines/   results of other people's files
 WORK/release/     what is published: quantized files, NAME.imatrix.gguf, recipes/, results/, report/, README.md
 """
 
@@ -19,7 +18,7 @@ from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.phases import PENDING
 from apex_quant.pipeline.state import Record, State, digest_of
 
-FOLDERS: Final = ("source", "reference", "baselines", "release", "release/recipes", "release/results")
+FOLDERS: Final = ("source", "reference", "release", "release/recipes", "release/results")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def evaluate_file(payload: Json, threads: int | None, emit: Notify) -> Json:
         payload["model"],
         **given,
         speed=SpeedPlan() if payload["speed"] else None,
-        harness=HarnessPlan(**harness) if harness else None,
+        harness=HarnessPlan(**{**harness, "tasks": tuple(harness["tasks"])}) if harness else None,
         options=_options(payload, threads),
         progress=emit,
     )

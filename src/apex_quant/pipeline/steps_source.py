@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import open_model
+from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.pipeline import steps_projector
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
@@ -18,7 +19,6 @@ from apex_quant.pipeline.state import digest_of, located
 # of a hub repository, what a conversion reads; the pickled weights only where there are no others
 PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 PICKLED: Final = ("*.bin", "*.pth", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 def source_items(context: Context) -> list[Item]:
@@ -77,9 +77,12 @@ def _links(context: Context, shards: Sequence[Path]) -> list[Path]:
     """Where the shards are linked to when the run has a name of its own: plans name files after their source."""
     if context.config.name is None:
         return []
-    names = [_SHARD.search(shard.name) for shard in shards]
+    endings = [
+        shard.name.removeprefix(found["prefix"]) if (found := SHARD_NAME.fullmatch(shard.name)) else ".gguf"
+        for shard in shards
+    ]
     stem = re.sub(r"[^\w.+-]+", "-", context.config.name)
-    links = [context.work / "source" / f"{stem}{found[0] if found else '.gguf'}" for found in names]
+    links = [context.work / "source" / f"{stem}{ending}" for ending in endings]
     return [] if set(links) & set(shards) else links
 
 
