@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -166,9 +166,16 @@ def check(checkpoint: Checkpoint, converter: Converter, *, mmproj: bool = False)
             f"{where}: is quantized with {method}, which the converter does not read",
             hint="convert the original, unquantized checkpoint",
         )
+    check_architecture(where, (checkpoint.architecture, checkpoint.text_architecture), converter, mmproj=mmproj)
+
+
+def check_architecture(
+    where: str | Path, architectures: Sequence[str], converter: Converter, *, mmproj: bool = False
+) -> None:
+    """Refuse a model that the converter's table does not have, by what its config.json calls it. InputError."""
     known = converter.architectures(mmproj=mmproj)
     # which of the two names counts depends on the architecture
-    names = [name for name in (checkpoint.architecture, checkpoint.text_architecture) if name]
+    names = [name for name in architectures if name]
     if known and names and not known.intersection(names):
         what = "has no projector converter for" if mmproj else "does not convert"
         raise InputError(

@@ -47,6 +47,7 @@ class Toy:
         table = tuple(rows.get(phase.name, phase) for phase in empty)
         monkeypatch.setattr(engine, "PHASES", table)
         monkeypatch.setattr(engine, "source_facts", self.no_facts)
+        monkeypatch.setattr(engine, "check_source", lambda config: None)
         monkeypatch.setattr("apex_quant.pipeline.results.wanted", lambda config: [])
 
     def no_facts(self, config: object, online: bool = True) -> None:
@@ -132,7 +133,7 @@ def test_selection(toy: Toy) -> None:
     assert toy.calls == ALL[:2]
     toy.run(phases={"from": "calibrate"})
     assert toy.calls == ALL[2:]
-    with pytest.raises(UsageError, match="calibrate reads the converted file, which was deleted"):
+    with pytest.raises(UsageError, match="calibrate reads the files of phase convert, which were deleted"):
         toy.run(phases={"phase": "calibrate"}, force=True)
     made = toy.run(phases={"only": ["convert", "calibrate"]}, force=True, keep=True)
     assert toy.calls == [("convert", ""), ("calibrate", "")]
@@ -200,7 +201,7 @@ def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) ->
     toy.tokens = 6
     made = toy.run()
     assert toy.calls == [("convert", ""), ("calibrate", ""), ("quantize", "weighted")]
-    assert reasons(made)["convert"] == "calibrate reads its file, which was deleted to save space"
+    assert reasons(made)["convert"] == "calibrate reads its file, which was deleted"
     assert not converted.exists()
     toy.tokens = 7
     toy.run(keep=True)

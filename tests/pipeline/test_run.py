@@ -20,6 +20,7 @@ from apex_quant.pipeline.state import exclusive
 from apex_quant.pipeline.status import status
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
+from tests.convert.tiny_checkpoint import write_checkpoint
 from tests.helpers.generic_models import write_generic
 from tests.pipeline.conftest import SETTINGS, ran, small_run
 
@@ -159,6 +160,42 @@ def test_a_phase_that_is_left_out_must_be_up_to_date(again: Path, tmp_path: Path
         small_run(again, phases={"phase": "evaluate"}, force=True)
     made = small_run(again, report={"formats": ["md"]}, phases={"phase": "report"})  # which does not read that file
     assert ran(made) == {"report": ("",)}
+
+
+def test_a_wrong_source_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    for source, says in {
+        tmp_path: "holds no config.json",
+        tmp_path / "hf": "holds no model",
+        tmp_path / "x.gguf": "x.gguf",
+        tmp_path / "none": "no such file or folder",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            run(source, work=str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_counts_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a conversion reads: not the card, nor what the run itself puts there."""
+    folder = write_checkpoint(tmp_path / "Tiny-MoE")
+    monkeypatch.chdir(folder)
+
+    def only_source() -> RunResult:
+        return run(".", phases={"only": ["source"]})
+
+    made = only_source()
+    assert made.work == folder / "Tiny-MoE-apex"
+    assert ran(made) == {"source": ("",)}
+    (folder / "README.md").write_text("a card")
+    (folder / "logo.png").write_bytes(b"png")
+    (made.work / "release/results/x.json").write_text("{}")
+    (folder / "other-apex").mkdir()
+    (folder / "other-apex/state.json").write_text("{}")
+    assert ran(only_source()) == {}
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert ran(only_source()) == {"source": ("",)}
 
 
 def test_the_source_is_never_cleared_away(finished: Path, tmp_path: Path) -> None:

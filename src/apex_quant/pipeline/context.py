@@ -7,7 +7,7 @@ WORK/release/     what is published: quantized files, NAME.imatrix.gguf, recipes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,9 @@ from apex_quant.pipeline.phases import PENDING
 from apex_quant.pipeline.state import Record, State, digest_of
 
 FOLDERS: Final = ("source", "reference", "release", "release/recipes", "release/results")
+_COMMITS: Final = "commits"
+"""Of the state: the commit at which each repository was taken, by REPO@REVISION."""
+_WORTH_SAYING: Final = 2 << 30  # bytes to hash
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Artifact:
 
 @dataclass
 class Context:
-    """One run. `pending`: (phase, item) that will have run before what is looked at now runs. `cluster`: machines that
-    share the work, None where this one does it alone."""
+    """One run. `pending`: (phase, item) that will have run before what is looked at now runs. `forced`: phases that
+    begin anew. `cluster`: machines that share the work, None where this one does it alone."""
 
     config: RunConfig
     work: Path
@@ -57,6 +60,7 @@ class Context:
     yes: bool = False
     pending: set[tuple[str, str]] = field(default_factory=set)
     cluster: Workers | None = None
+    forced: Collection[str] = ()
 
     @property
     def release(self) -> Path:
@@ -80,6 +84,20 @@ class Context:
 
     def note(self, phase: str, text: str) -> None:
         self.tell(PhaseEvent("note", phase, text))
+
+    def pinned(self, repo: str, revision: str | None) -> str | None:
+        """The commit at which this run took a repository before; `revision` where there is none, or to look again."""
+        known: dict[str, str] = self.state.about.get(_COMMITS, {})
+        return revision if "source" in self.forced else known.get(f"{repo}@{revision or ''}", revision)
+
+    def pin(self, repo: str, revision: str | None, commit: str) -> None:
+        """Remember it: what a later run downloads, when the cache was emptied, is the same."""
+        self.state.about.setdefault(_COMMITS, {})[f"{repo}@{revision or ''}"] = commit
+
+    def announce_hashing(self, phase: str, paths: Sequence[Path]) -> None:
+        """A line before minutes of silence."""
+        if (size := self.state.unread(paths)) >= _WORTH_SAYING:
+            self.note(phase, f"reading {size / 1e9:.0f} GB once, for their sha256")
 
     def record(self, phase: str, item: str = "") -> Record | None:
         return self.state.record(phase, item)

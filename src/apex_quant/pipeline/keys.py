@@ -297,7 +297,8 @@ class RunConfig(Section):
     @property
     def model_name(self) -> str:
         """`name`, or what the source is called."""
-        last = Path(self.source.rstrip("/")).name
+        path = Path(self.source)
+        last = path.name if path.name not in ("", "..") else path.resolve().name
         return self.name or re.sub(r"(-00001-of-\d{5})?\.gguf$", "", last, flags=re.IGNORECASE) or "model"
 
     @property

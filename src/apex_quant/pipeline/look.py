@@ -10,7 +10,7 @@ from apex_quant.errors import InputError, UsageError
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.phases import PENDING, Item, Phase
 from apex_quant.pipeline.reasons import changes, grouped
-from apex_quant.pipeline.state import key_of
+from apex_quant.pipeline.state import Record, key_of
 
 NOT_SELECTED: Final = "not asked for"
 NEW: Final = "not made yet"
@@ -69,7 +69,9 @@ def look(
     finally:
         context.pending = before
     _refuse_stale(context, found)
-    return [_needed_again(context, one, found[number + 1 :]) for number, one in enumerate(found)]
+    for number in reversed(range(len(found))):  # what is made again may read what has to be made again for it
+        found[number] = _needed_again(context, found[number], found[number + 1 :])
+    return found
 
 
 def look_at(context: Context, phase: Phase, selected: Collection[str], force: Collection[str] = ()) -> Look:
@@ -91,7 +93,7 @@ def look_at(context: Context, phase: Phase, selected: Collection[str], force: Co
     if not due and not done:
         return Look(phase, skipped=NOTHING)
     records = [context.record(phase.name, item.name) for item in done]
-    freed = any(record is not None and record.released for record in records)
+    freed = any(record is not None and _freed(context, record) for record in records)
     return Look(phase, tuple(due), tuple(done), freed=freed)
 
 
@@ -108,7 +110,7 @@ def why_due(context: Context, phase: Phase, item: Item) -> str | None:
         return waiting
     if found := changes(record, item):
         return found
-    return None if record.released else context.state.damage(record)
+    return None if _freed(context, record) else context.state.damage(record)
 
 
 def _waiting(item: Item) -> str | None:
@@ -135,7 +137,7 @@ def _left_out(context: Context, phase: Phase) -> tuple[str | None, str | None]:
             continue
         if (why := _waiting(item) or changes(record, item)) is not None:
             stale.append((item.name, why))
-        elif not record.released and (why := context.state.damage(record)) is not None:
+        elif not _freed(context, record) and (why := context.state.damage(record)) is not None:
             damaged.append((item.name, why))
     return grouped(stale, 0) or None, grouped(damaged, 0) or None
 
@@ -149,7 +151,8 @@ def _refuse_stale(context: Context, looks: Sequence[Look]) -> None:
             why = other.stale or (other.damaged if directly and one.due else None)
             if why is not None:
                 raise UsageError(
-                    f"{one.phase.name} builds on {other.phase.name}, which is left out of this run and out of date: {why}",
+                    f"{one.phase.name} builds on {other.phase.name}, which is left out of this run and out of date: "
+                    f"{why}",
                     hint=f"--from {other.phase.name} runs it and what follows; or give the settings it was made with",
                 )
 
@@ -168,15 +171,34 @@ def _needed_again(context: Context, one: Look, later: Sequence[Look]) -> Look:
     """A phase whose file was deleted has to make it again when a later one reads it."""
     if not one.freed:
         return one
-    reader = next((other.phase.name for other in later if other.due and other.phase.weights(context)), None)
+    reader = next(
+        (other.phase.name for other in later if other.due and _reads(context, other.phase, one.phase.name)), None
+    )
     if reader is None:
         return one
-    why = f"{reader} reads its file, which was deleted to save space"
-    released = {item.name for item in one.done if _released(context, one.phase, item)}
+    why = f"{reader} reads its file, which was deleted"
+    records = {item.name: context.record(one.phase.name, item.name) for item in one.done}
+    released = {name for name, record in records.items() if record is not None and _freed(context, record)}
     due = [(item, why) for item in one.done if item.name in released]
     return replace(one, due=(*one.due, *due), done=tuple(i for i in one.done if i.name not in released), freed=False)
 
 
-def _released(context: Context, phase: Phase, item: Item) -> bool:
-    record = context.record(phase.name, item.name)
-    return record is not None and record.released
+def lacking(context: Context, phase: Phase) -> str | None:
+    """The phase before, source or convert, whose files this one reads although they were deleted."""
+    for before in ("source", "convert"):
+        record = context.record(before)
+        if record is not None and _freed(context, record) and _reads(context, phase, before):
+            return before
+    return None
+
+
+def _reads(context: Context, phase: Phase, before: str) -> bool:
+    """Whether a phase reads the weights that one before it has, source or convert."""
+    if before == "source" and not context.is_gguf:
+        return phase.name == "convert"
+    return phase.weights(context)
+
+
+def _freed(context: Context, record: Record) -> bool:
+    """Whether the files were deleted and can be had again: by this run, or from the hub's cache."""
+    return record.released or ("commit" in record.facts and context.state.lacks_others(record))
