@@ -26,6 +26,7 @@ _MOST_JSON: Final = 256 << 20
 QUARANTINE: Final = ".quarantine.json"
 _CHECKING: Final = (".verify", ".evaluate")  # phases of `apex run` that leave a note each
 SUMS: Final = "SHA256SUMS"
+_STATE, _RELEASE = "state.json", "release"  # of `apex run`, and the folder in it that is published
 
 Kind = Literal["model", "projector", "imatrix", "recipe", "results", "report", "card", "sums"]
 # first match wins; of the path inside the folder, lower case
@@ -77,12 +78,18 @@ class Publishable:
 def publishable(directory: str | Path) -> Publishable:
     """List what a folder has to publish. Reads headers only; `verify` the models before they leave.
 
-    Raises UsageError for no folder, one without anything to publish, or files over 48 GB; InputError for models that
-    are quarantined, unfinished or not what their journal says, all of them named in one message.
+    Raises UsageError for no folder, that of a run (its release lies a level below), one without anything to publish,
+    or files over 48 GB; InputError for models that are quarantined, unfinished or not what their journal says, all of
+    them named in one message.
     """
     root = Path(directory)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder", hint="apex publish takes the folder with the files to publish")
+    if (root / _STATE).is_file() and (root / _RELEASE).is_dir():
+        raise UsageError(
+            f"{root} is the folder of a run: what it publishes lies in {root / _RELEASE}",
+            hint=f"apex publish {root / _RELEASE} ORG/NAME; or --phase publish of the run itself",
+        )
     files, left_out = _listed(root)
     models, others = _models(files)
     files = [replace(file, kind=others.get(file.path, file.kind)) for file in files]

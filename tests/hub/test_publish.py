@@ -189,6 +189,16 @@ def test_quarantined_models_are_refused(hub: MockHub, token: str, folder: Path, 
     assert hub.log == []
 
 
+def test_the_folder_of_a_run(hub: MockHub, token: str, folder: Path) -> None:
+    """Card and report would lie at the wrong place, and stay here unsaid."""
+    work = folder.parent / "work"
+    work.mkdir()
+    folder.rename(work / "release")
+    (work / "state.json").write_text("{}")
+    assert f"what it publishes lies in {work / 'release'}" in refused(work, UsageError)
+    assert publish(work / "release", REPO).files
+
+
 def test_large_files_must_be_shards(hub: MockHub, token: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "MOST_BYTES", 1_000_000)
     message = refused(folder, UsageError)
