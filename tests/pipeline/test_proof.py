@@ -12,6 +12,7 @@ import pytest
 
 from apex_quant.errors import InputError, NativeError
 from apex_quant.pipeline import jobs
+from apex_quant.pipeline.context import PhaseEvent
 from apex_quant.pipeline.state import State
 from apex_quant.pipeline.status import status
 from apex_quant.publishable import publishable
@@ -117,3 +118,28 @@ def test_a_file_that_the_library_refuses_is_quarantined(again: Path, monkeypatch
     assert [one.quarantined for one in made.quarantined] == [
         "llama.cpp cannot run it: the process that was generating ended with exit status 1"
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"evaluate": {"suite": "none"}}, "evaluate.suite is none"),
+        ({"evaluate": {"only": ["ppl"]}}, "evaluate.only leaves kld out"),
+        ({"phases": {"skip": ["evaluate", "report"]}}, "phase evaluate is skipped"),
+    ],
+)
+def test_a_ceiling_that_nothing_is_held_against_is_said(again: Path, given: dict[str, Any], why: str) -> None:
+    state = State(again / "work").load()
+    del state.records["verify"]["quality"], state.records["evaluate"]
+    state.save()
+    said: list[PhaseEvent] = []
+    made = small_run(
+        again, tiers=["quality"], **given, progress=lambda e: said.append(e) if isinstance(e, PhaseEvent) else None
+    )
+    notes = [event.text for event in said if event.kind == "note" and event.phase == "verify"]
+    assert notes == [f"no file's mean KLD is held against the ceiling of its tier: {why}"]
+    assert (made.files[0].verified, made.files[0].kld, made.files[0].ceiling) == (True, None, None)
+
+
+def test_the_ceiling_is_told(again: Path) -> None:
+    assert [(one.tier, one.ceiling) for one in status(again / "work").files] == [("quality", 0.3), ("i-compact", 0.9)]

@@ -16,7 +16,7 @@ from apex_quant import quantize, run
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.pipeline.context import PhaseEvent
 from apex_quant.pipeline.results import RunResult
-from apex_quant.pipeline.state import exclusive
+from apex_quant.pipeline.state import Started, State, exclusive
 from apex_quant.pipeline.status import status
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
@@ -297,3 +297,28 @@ def test_a_projector_is_published_as_it_is(finished: Path, tmp_path: Path) -> No
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "Small-BF16.gguf")}, phases={"only": ["source"]})
     with pytest.raises(InputError, match="no such file"):
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "none.gguf")}, phases={"only": ["source"]})
+
+
+def test_a_finished_matrix_that_was_not_recorded(again: Path) -> None:
+    """Where the model runs decides nothing: the matrix is found with other options, and its bytes are the same."""
+    before = contents(again / "work")
+    state = State(again / "work").load()
+    record = state.records["calibrate"].pop("")
+    state.started["calibrate"] = {"": Started(record.key, record.claims)}
+    state.save()
+    made = small_run(again, gpu={"tensor_buffers": ["exps=CPU"], "mmap": False})
+    assert ran(made) == {"calibrate": ("",)}
+    assert contents(again / "work") == before
+    forced = small_run(again, gpu={"cpu_experts": True}, phases={"phase": "calibrate"}, force=True)
+    assert ran(forced) == {"calibrate": ("",)}
+    assert contents(again / "work") == before
+
+
+def test_a_matrix_of_another_library_is_replaced(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies there finished, and the version that begins now would make another: no reason to be stuck."""
+    state = State(again / "work").load()
+    record = state.records["calibrate"].pop("")
+    state.started["calibrate"] = {"": Started(record.key, record.claims)}
+    state.save()
+    monkeypatch.setattr("apex_quant.calibration.calibrate._FORMAT", "another")
+    assert "calibrate" in ran(small_run(again))

@@ -323,7 +323,7 @@ def show_files(console: Console, files: tuple[FileResult, ...]) -> None:
     rows = table(None, "tier", ">size", ">bpw", ">mean KLD", "state", "file")
     for one in files:
         state = "quarantined" if one.quarantined else "verified" if one.verified else "not verified"
-        kld = interval(one.kld) if one.kld else ""
+        kld = interval(one.kld) if one.kld else "not measured"
         rows.add_row(safe(one.tier), human(one.bytes), f"{one.bpw:.2f}", kld, state, safe(one.path.name))
     if files:
         console.print(rows)

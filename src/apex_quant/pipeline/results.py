@@ -42,7 +42,7 @@ class PhaseRun:
 class FileResult:
     """A quantized file (the first of its shards). `verified` and `kld` are of the bytes that it has now: `kld` is
     results.json's, None where these were not measured; `quarantined` is the reason, None for a file that passed every
-    check it was put to."""
+    check it was put to; `ceiling`: what its mean KLD was held against, None where it was not measured."""
 
     tier: str
     path: Path
@@ -53,6 +53,7 @@ class FileResult:
     kld: dict[str, Any] | None
     results: Path | None
     quarantined: str | None
+    ceiling: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "results": str(self.results) if self.results else None}
@@ -126,6 +127,7 @@ def files(context: Context) -> list[FileResult]:
                 kld=measured.facts.get("kld") if measured is not None else None,
                 results=context.state.where(stored[0]) if stored else None,
                 quarantined=quarantined(context, tier),
+                ceiling=measured.facts.get("ceiling") if measured is not None else None,
             )
         )
     return found

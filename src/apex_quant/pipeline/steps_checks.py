@@ -61,6 +61,8 @@ def verify_weights(context: Context) -> bool:
 def verify_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     """Structure, hashes, values, a sample encoded again, and a little text. A file that fails is quarantined."""
     given, source = context.config.verify, context.model()
+    if (why := ceiling_unused(context)) is not None:
+        context.note("verify", f"no file's mean KLD is held against the ceiling of its tier: {why}")
     expected = []
     if given.generate:
         expected = generate_once(
@@ -99,6 +101,16 @@ def _verification(context: Context, item: Item, expected: Sequence[dict[str, Any
 
 
 # --- evaluate ---
+
+
+def ceiling_unused(context: Context) -> str | None:
+    """Why no mean KLD is measured, so that the last of the checks cannot be made; None where it is."""
+    given = context.config
+    if "evaluate" in given.phases.skip:
+        return "phase evaluate is skipped"
+    if given.evaluate.suite in NATIVE and given.evaluate.only and "kld" not in given.evaluate.only:
+        return "evaluate.only leaves kld out"
+    return None if given.evaluate.suite in NATIVE else f"evaluate.suite is {given.evaluate.suite}"
 
 
 def evaluate_unused(context: Context) -> str | None:
@@ -157,7 +169,7 @@ def evaluate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         measured[path.name] = found
         kld = (found.metrics.get("kld") or {}).get("mean")
         limit = ceiling(item.name, context.facts("quantize", item.name)["bpw"], context.config.verify.kld_ceiling)
-        facts: dict[str, Any] = {"kld": kld, "ceiling": limit}
+        facts: dict[str, Any] = {"kld": kld, "ceiling": limit if kld is not None else None}
         outputs = results_of(out)
         if kld is not None and kld["value"] is not None and kld["value"] > limit:
             reason = f"mean KLD {kld['value']:.4g} is above {limit:g}, the ceiling of {item.name}"
