@@ -127,7 +127,7 @@ def run(
         raise UsageError(
             "what is to be quantized?", hint="apex run MODEL; or apex run --init, which writes a YAML file to edit"
         )
-    given = {key: value for key, value in locals().items() if key in _KEYS and value not in (None, False)}
+    given = {key: value for key, value in locals().items() if key in _KEYS and value is not None and value is not False}
     options: dict[str, Any] = {_KEYS[key]: value for key, value in given.items()}
     if tiers:
         options["tiers"] = ",".join(tiers)
@@ -322,7 +322,7 @@ def show_files(console: Console, files: tuple[FileResult, ...]) -> None:
     rows = table(None, "tier", ">size", ">bpw", ">mean KLD", "state", "file")
     for one in files:
         state = "quarantined" if one.quarantined else "verified" if one.verified else "not verified"
-        kld = interval(one.kld) if one.kld else ""
+        kld = interval(one.kld) if one.kld else "not measured"
         rows.add_row(safe(one.tier), human(one.bytes), f"{one.bpw:.2f}", kld, state, safe(one.path.name))
     if files:
         console.print(rows)

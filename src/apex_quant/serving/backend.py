@@ -84,7 +84,7 @@ def devices(found: Found) -> tuple[Device, ...]:
     if found.kind == "llama-server":
         text = ask(found, "--list-devices")
     else:
-        text = ask(Found(found.kind, (sys.executable, "-m", MODULE)), "--list-devices")
+        text = ask(Found(found.kind, (sys.executable, "-P", "-m", MODULE)), "--list-devices")
     return tuple(
         Device(name, words, int(total) << 20, int(free) << 20) for name, words, total, free in _DEVICE.findall(text)
     )
@@ -140,7 +140,7 @@ def _bindings(launch: Launch) -> list[str]:
         "--gpu-layers": launch.gpu_layers, "--threads": launch.threads,
     }  # fmt: skip
     given = (str(word) for pair in words.items() if pair[1] is not None for word in pair)
-    return [sys.executable, "-m", MODULE, *given]
+    return [sys.executable, "-P", "-m", MODULE, *given]
 
 
 __all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "ask", "cache_types", "command", "devices", "find_server",
