@@ -14,9 +14,8 @@ from apex_quant.errors import UsageError
 from apex_quant.evaluation.kv_types import Pair, bits_of
 from apex_quant.evaluation.statistics import Interval, mean_interval, paired_difference, quantile, quantile_interval
 from apex_quant.evaluation.turbo import predict
-from apex_quant.evaluation.turbo.codec import BLOCK, TURBO
+from apex_quant.evaluation.turbo.codec import TURBO
 from apex_quant.gguf import GGUFModel
-from apex_quant.model.facts import facts
 from apex_quant.model.kv_cache import KVCache, kv_cache
 
 Arrays = dict[str, NDArray[Any]]
@@ -150,22 +149,8 @@ def _memory(model: GGUFModel, pair: Pair, sizes: Sequence[int], notes: list[str]
     return {"bytes_per_token": (grown - at) / _LONG, "mib_at": mib_at}
 
 
-def _bytes(model: GGUFModel, pair: Pair, ctx: int) -> float:
-    if not pair.turbo:
-        return kv_cache(model, ctx=ctx, type_k=pair.k, type_v=pair.v).bytes
-    # of a type that is not in ggml: as many values as f16 has, at the type's bits
-    heads = facts(model).n_head_kv
-    total = 0.0
-    for layer in kv_cache(model, ctx=ctx).layers:
-        if layer.kind == "recurrent":
-            total += layer.bytes
-            continue
-        for name, f16_bytes in zip(pair, (layer.k_bytes, layer.v_bytes), strict=True):
-            width, count = f16_bytes // 2 // layer.cells, heads[layer.layer] or 1
-            if name in TURBO and width % BLOCK:  # each head is filled up: see rounding()
-                width = count * -(-(width // count) // BLOCK) * BLOCK
-            total += layer.cells * width * bits_of(name) / 8
-    return total
+def _bytes(model: GGUFModel, pair: Pair, ctx: int) -> int:
+    return kv_cache(model, ctx=ctx, type_k=pair.k, type_v=pair.v).bytes
 
 
 def _check_memory(model: GGUFModel, pair: Pair, measured: Sequence[Measured], row: str, notes: list[str]) -> None:
