@@ -112,7 +112,7 @@ def _at(one: Measured, row: str) -> dict[str, Any]:
     block = np.repeat(np.arange(chunks), scored)
     made: dict[str, Any] = {
         "ctx": one.ctx,
-        "kld_mean": mean_interval(kld, block).to_json(),
+        "kld_mean": _divergence(kld, block),
         "kld_median": quantile(kld, 0.5).value,
         "kld_p99": quantile(kld, 0.99).value,
         "kld_p99_9": quantile_interval(kld, block, 0.999).to_json(),
@@ -123,7 +123,7 @@ def _at(one: Measured, row: str) -> dict[str, Any]:
     if "kld_full" in arrays:
         full = arrays["kld_full"].astype(np.float64)
         made["full"] = {
-            "kld_mean": mean_interval(full, block).to_json(),
+            "kld_mean": _divergence(full, block),
             "kld_p99_9": quantile_interval(full, block, 0.999).to_json(),
         }
         if "f16-f16" in one.arrays:
@@ -131,6 +131,12 @@ def _at(one: Measured, row: str) -> dict[str, Any]:
             # what the cache adds to the divergence that the weights have
             made["full"]["added"] = paired_difference(full, base, block).interval.to_json()
     return made
+
+
+def _divergence(kld: NDArray[np.float64], block: NDArray[np.int64]) -> dict[str, Any]:
+    """The mean with its interval. No divergence is below zero, whatever rounding and a symmetric interval say."""
+    found = mean_interval(kld, block).to_json()
+    return found | {key: max(found[key], 0.0) for key in ("value", "low", "high") if found[key] is not None}
 
 
 # --- memory ---
