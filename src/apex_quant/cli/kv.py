@@ -67,8 +67,8 @@ def kv(
             model,
             reference=reference,
             source=source,
-            types=_words(types) if types else STOCK,
-            pairs=() if types else MIXED,
+            types=STOCK if types is None else _words(types),
+            pairs=MIXED if types is None else (),
             ctx=_numbers(ctx),
             text=text,
             chunks=chunks,
@@ -108,7 +108,7 @@ def show_kv(console: Console, found: KVResult) -> None:
         None, "K", "V", ">bits", "mean KLD from f16", "99.9 %", ">same top", *(["added by KV"] if full else []),
         *(f">MiB at {size}" for size in sizes), ">bytes/token", ">pp", ">tg", "rotated",
     )  # fmt: skip
-    for row in found.pairs:
+    for row in [*found.pairs, *document["unrotated"]]:
         made.add_row(*_cells(row, sizes, full))
     console.print(made)
     measured = sorted({row["ctx"] for row in found.pairs if row["ctx"]})
@@ -116,14 +116,17 @@ def show_kv(console: Console, found: KVResult) -> None:
         console.print(f"[dim]divergence at {', '.join(map(str, measured))} tokens, 95 % intervals over chunks[/]")
     for one, after in zip(document["ranking"], document["ranking"][1:], strict=False):
         if one["differs"] is False:
-            names = f"{one['k']}/{one['v']} and {after['k']}/{after['v']}"
-            console.print(safe(f"no difference shown between {names}"))
+            console.print(safe(f"no difference shown between {_name(one)} and {_name(after)}"))
     for row in found.simulated:
         console.print(safe(f"simulated: {row['sentence'] or row.get('problem')}"))
     for note in document["notes"]:
         console.print(f"[yellow]note:[/] {safe(note)}")
     if found.path is not None:
         console.print(f"[dim]{safe(str(found.path))}[/]")
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['k']}/{row['v']}" + (" without rotation" if row["rotation"] is False else "")
 
 
 def _cells(row: dict[str, Any], sizes: list[str], full: bool) -> list[str]:

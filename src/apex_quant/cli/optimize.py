@@ -15,19 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from apex_quant.cli import safe
-from apex_quant.cli.evaluate import (
-    Buffers,
-    CpuExperts,
-    EvaluationBar,
-    GpuLayers,
-    TensorSplit,
-    Threads,
-    interval,
-    session_options,
-)
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.evaluate import EvaluationBar, interval
 from apex_quant.cli.measure import Budget, Load, MeasureBar, parse_time
+from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, TensorSplit, Threads, session_options
 from apex_quant.cli.progress import JobBar
 from apex_quant.errors import UsageError
+from apex_quant.sizes import parse_size
 
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import Frontier
@@ -67,7 +61,6 @@ Fill = Annotated[str, typer.Option("--fill", metavar="RULE", help="as apex quant
 GroupsMeasured = Annotated[
     str | None, typer.Option("--groups", metavar="HOW", help="where it is measured now: as apex measure --groups")
 ]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
 class OptimizeBar:
@@ -154,7 +147,6 @@ def optimize(
     """Choose every tensor's type by measurement, for any size, and prove how good the choice is."""
     from apex_quant.allocation.constraints import minimums
     from apex_quant.allocation.optimize import optimize as run
-    from apex_quant.cli.app import _console, _print_json, parse_size
     from apex_quant.recipe.planned import PlanOptions
 
     session = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap=False)
@@ -193,9 +185,9 @@ def optimize(
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_optimized(_console(False), made)
+        show_optimized(console_for(False), made)
 
 
 def frontier(
@@ -226,7 +218,6 @@ def frontier(
     """The least predicted KLD of every size, and the published tiers beside the curve."""
     from apex_quant.allocation.constraints import EQUAL, minimums
     from apex_quant.allocation.frontier import frontier as run
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.recipe.planned import PlanOptions
 
     session = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap=False)
@@ -249,9 +240,9 @@ def frontier(
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_frontier(_console(False), made)
+        show_frontier(console_for(False), made)
 
 
 def quantize_measured(
@@ -269,7 +260,6 @@ def quantize_measured(
 ) -> None:
     """`apex quantize --tier T --measured`: the measured twin of each tier, in the form of quantize's outputs."""
     from apex_quant.allocation.optimize import measured_twin
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.encode.quantize import expand_tiers
 
     _refuse_choices(options, dry_run)
@@ -295,7 +285,7 @@ def quantize_measured(
                 progress=bar,
             )
         if not as_json:
-            show_optimized(_console(False), made)
+            show_optimized(console_for(False), made)
         outputs.append(
             {
                 "tier": f"{name}-measured",
@@ -308,7 +298,7 @@ def quantize_measured(
             }
         )
     if as_json:
-        _print_json({"outputs": outputs})
+        print_json({"outputs": outputs})
 
 
 def _sha256(path: Path) -> str:
