@@ -13,8 +13,8 @@ import apex_quant
 
 SOURCES = Path(apex_quant.__file__).parent
 
-# for everybody: errors, the version, sizes in words, where the shipped data lies, the user's cache folder
-COMMON = {"errors", "version", "sizes", "data", "cache"}
+# for everybody: errors, the version, sizes in words, where the shipped data lies, the cache folder, other Pythons
+COMMON = {"errors", "version", "sizes", "data", "cache", "other_python"}
 
 MAY: dict[str, str] = {
     "gguf": "",
