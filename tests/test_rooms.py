@@ -33,7 +33,7 @@ MAY: dict[str, str] = {
     "doctor": "native",
     "serving": "gguf model recipe native runtime evaluation text doctor",
     "checkpoint": "",
-    "hub": "hub_access",
+    "hub": "gguf hub_access",
     "converter_source": "",
     "converter_python": "converter_source",
     "converter_child": "",
