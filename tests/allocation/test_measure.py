@@ -201,6 +201,27 @@ def test_a_budget(text: Path, tmp_path: Path) -> None:
     assert read_journal(tmp_path / "s.json.probes", short.settings["spec"])[0]
 
 
+@pytest.mark.slow
+def test_other_ways_of_disturbing_rank_alike(text: Path, tmp_path: Path) -> None:
+    """Noise of the same error, and the Q8_0 form of the model with weights from the model itself, against real blocks
+    in the model: by part of all layers."""
+    from scipy.stats import spearmanr
+
+    file = quantize(embedded_model(), "Q8_0", out=tmp_path / "q8.gguf").outputs[0].path
+    ways: dict[str, dict[str, Any]] = {"real": {}, "noise": {"noise": True}, "loaded": {"loaded": file}}
+    made = {
+        name: run(tmp_path / f"{name}.json", text, groups="role,part", types=["Q3_K"], candidates=["Q3_K"], **how)
+        for name, how in ways.items()
+    }
+    klds = {name: [group.probes[0].kld for group in found.groups] for name, found in made.items()}
+    assert len(klds["real"]) > 10
+    assert made["noise"].kinds == {"noise": len(klds["real"])}
+    assert made["loaded"].model.loaded == "q8.gguf"
+    for other in ("noise", "loaded"):
+        assert spearmanr(klds["real"], klds[other]).statistic > 0.9
+        assert np.median(np.abs(np.log(np.divide(klds[other], klds["real"])))) < 0.3
+
+
 def test_refused(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "s.json"
     for changed, message in (
