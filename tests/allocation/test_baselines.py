@@ -122,8 +122,11 @@ def test_random_recipes_are_drawn_from_all_types(made: tuple[Space, Sensitivitie
 
 def test_a_seed_is_the_same_recipe_in_every_process(tmp_path: Path) -> None:
     """Types of equal size come in an order that no hash decides, else a run could not go on from another's files."""
-    code = "from apex_quant.allocation.constraints import Constraints\nfrom apex_quant.allocation.groups import CANDIDATES\n"
-    code += "print([kind.name for kind in Constraints(types=CANDIDATES).allowed()])"
+    code = (
+        "from apex_quant.allocation.constraints import Constraints\n"
+        "from apex_quant.allocation.groups import CANDIDATES\n"
+        "print([kind.name for kind in Constraints(types=CANDIDATES).allowed()])"
+    )
     said = {
         subprocess.run(
             [sys.executable, "-c", code],
