@@ -62,6 +62,7 @@ _FILE_WORKER = "apex_quant.evaluation.worker"
 _FILE_RATE = 1e8  # weights a second of one thread, about half of what was measured (benchmarks/RESULTS.md)
 _FILE_SHARE = 0.05  # of a budget
 _SPARE = 1 << 30
+_OVER = 1.1  # times the budget, before it is said
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,12 @@ def measure(
         header, rows = read_journal(journal, spec)
         if not header:
             raise NativeError(f"{journal}: the journal is gone or damaged", hint="measure again")
+        spent = time.monotonic() - started
+        if budget is not None and spent > _OVER * budget:
+            notes.append(
+                f"this took {spent:.0f} s of a budget of {budget:.0f}: loading, the tables of the IQ types, errors of "
+                "a few rows and one probe are the least that can be done"
+            )
         result["notes"] = [*notes, *result["notes"]]
         made = Assembly(opened, probed, matrix, plan.groups, read, result, header, rows).sensitivities(
             {
