@@ -171,6 +171,7 @@ def test_rounding_is_that_of_a_file(measured: Sensitivities, text: Path, tmp_pat
         run(tmp_path / "s.json", text, rounding=True, progress=stop)
     kept = (tmp_path / "s.json.probes").read_text()
     assert kept.count('"file|Q8_0"') == 1
+    (tmp_path / "s.json.q8_0.gguf").write_text("left by a kill")
     found = run(tmp_path / "s.json", text, rounding=True)
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
     assert found.groups == measured.groups
