@@ -65,10 +65,11 @@ def laws(found: Sensitivities) -> dict[str, Any]:
     for number, joint in enumerate(found.joint):
         others = [one for place, one in enumerate(found.joint) if place != number]
         left = CostModel.from_sensitivities(found.model_copy(update={"joint": others}))
-        errors.append(left.predict(joint.types) / joint.kld - 1)
+        errors.append(left.in_place(left.total(joint.types)) / joint.kld - 1)
     return {
         "alpha": model.exponents.alpha,
         "beta": model.exponents.beta,
+        "rounding": model.rounding,
         "joint_probes": len(found.joint),
         "left_out_median_error": round(float(np.median(np.abs(errors))), 4) if errors else None,
     }

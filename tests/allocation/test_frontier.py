@@ -10,6 +10,7 @@ import pytest
 from apex_quant.allocation.frontier import frontier
 from apex_quant.errors import InputError, UsageError
 from tests.allocation.costs import drawn
+from tests.helpers.cli import apex
 from tests.helpers.imatrix import random_imatrix
 from tests.helpers.random_models import write_random_gguf
 
@@ -44,6 +45,34 @@ def test_without_importance_the_tiers_that_need_it_are_named(folder: Path) -> No
     made = frontier(folder / "moe.gguf", sensitivity=folder / "s.json", points=2)
     assert any(line.startswith("micro") for line in made.left_out)
     assert {row["tier"] for row in made.tiers} >= {"quality"}
+
+
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plot is there without being asked for, and fixed tensors are on the whole curve."""
+    monkeypatch.chdir(tmp_path)
+    words = ["frontier", str(folder / "moe.gguf"), "--sensitivity", str(folder / "s.json"), "--imatrix",
+             str(folder / "imatrix.gguf"), "--points", "3", "--json"]  # fmt: skip
+    free = apex(*words)
+    assert free.status == 0, free.err
+    assert (tmp_path / "moe.frontier.svg").exists()
+    assert free.json["plot"] == "moe.frontier.svg"
+    fixed = apex(*words, "--fix", "attention=Q2_K", "-o", str(tmp_path / "x.png"))
+    assert fixed.status == 0, fixed.err
+    assert fixed.json["points"][-1]["predicted_kld"] > free.json["points"][-1]["predicted_kld"]
+
+
+def test_a_second_budget(folder: Path, tmp_path: Path) -> None:
+    """The curve begins where files are fast enough."""
+    table = tmp_path / "t.toml"
+    table.write_text(
+        'machine = "m"\nreference = "Q4_K"\n[seconds_per_gigaweight]\nQ8_0 = 1.5\nQ4_K = 1.0\nQ2_K = 2.0\n'
+    )
+    made = frontier(
+        folder / "moe.gguf", sensitivity=folder / "s.json", types="q8_0,q4_k,q2_k", speeds=table, max_slowdown=1.2,
+        points=3,
+    )  # fmt: skip
+    plain = frontier(folder / "moe.gguf", sensitivity=folder / "s.json", types="q8_0,q4_k,q2_k", points=3)
+    assert made.points[0].total_bytes > plain.points[0].total_bytes
 
 
 def test_wrong_use(folder: Path, tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_rounding_is_that_of_a_file(measured: Sensitivities, text: Path, tmp_pat
         run(tmp_path / "s.json", text, rounding=True, progress=stop)
     kept = (tmp_path / "s.json.probes").read_text()
     assert kept.count('"file|Q8_0"') == 1
+    (tmp_path / "s.json.q8_0.gguf").write_text("left by a kill")
     found = run(tmp_path / "s.json", text, rounding=True)
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
     assert found.groups == measured.groups
@@ -198,7 +199,29 @@ def test_a_budget(text: Path, tmp_path: Path) -> None:
         if group.probes[0].kind == "estimated":
             assert any(g.probes[0].kind == "real" and g.role == group.role for g in short.groups)
     assert any("the budget ended" in warning for warning in short.warnings)
+    assert any("of a budget of" in warning for warning in short.warnings)
     assert read_journal(tmp_path / "s.json.probes", short.settings["spec"])[0]
+
+
+@pytest.mark.slow
+def test_other_ways_of_disturbing_rank_alike(text: Path, tmp_path: Path) -> None:
+    """Noise of the same error, and the Q8_0 form of the model with weights from the model itself, against real blocks
+    in the model: by part of all layers."""
+    from scipy.stats import spearmanr
+
+    file = quantize(embedded_model(), "Q8_0", out=tmp_path / "q8.gguf").outputs[0].path
+    ways: dict[str, dict[str, Any]] = {"real": {}, "noise": {"noise": True}, "loaded": {"loaded": file}}
+    made = {
+        name: run(tmp_path / f"{name}.json", text, groups="role,part", types=["Q3_K"], candidates=["Q3_K"], **how)
+        for name, how in ways.items()
+    }
+    klds = {name: [group.probes[0].kld for group in found.groups] for name, found in made.items()}
+    assert len(klds["real"]) > 10
+    assert made["noise"].kinds == {"noise": len(klds["real"])}
+    assert made["loaded"].model.loaded == "q8.gguf"
+    for other in ("noise", "loaded"):
+        assert spearmanr(klds["real"], klds[other]).statistic > 0.9
+        assert np.median(np.abs(np.log(np.divide(klds[other], klds["real"])))) < 0.3
 
 
 def test_refused(text: Path, tmp_path: Path) -> None:
@@ -270,7 +293,8 @@ def test_layers_far_apart_come_first() -> None:
     groups = [GroupPlan(f"{part} {layer}", ("x",), "attention", part, layer) for layer in range(12) for part in "qkv"]
     groups.append(GroupPlan("embedding", ("y",), "embedding", "", None))
     order = spread_out(groups)
-    assert {group.part for group in order[:4]} == {"q", "k", "v", ""}
+    assert {group.part for group in order[:3]} == {"q", "k", "v"}
+    assert order[3].name == "embedding"
     assert [group.layer for group in order if group.part == "q"][:3] == [6, 3, 9]
     assert sorted(group.name for group in order) == sorted(group.name for group in groups)
 

@@ -79,8 +79,8 @@ class Constraints:
             raise UsageError(f"a slowdown of {self.max_slowdown}: give a factor such as 1.05")
 
     def allowed(self) -> list[GGMLType]:
-        """The types, largest first."""
-        return sorted({ggml_type(name) for name in self.types}, key=lambda kind: -kind.bpw)
+        """The types, largest first, in the same order in every process."""
+        return sorted({ggml_type(name) for name in self.types}, key=lambda kind: (-kind.bpw, kind.name))
 
     def to_json(self) -> dict[str, object]:
         return {

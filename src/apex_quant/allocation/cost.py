@@ -128,12 +128,16 @@ class CostModel:
         return self.corrected(self.total(recipe))
 
     def corrected(self, total: float) -> float:
-        """The KLD, nats per token, that a sum of costs comes to; rises with `total`."""
+        """The KLD, nats per token, that a sum of costs comes to in a file; rises with `total`."""
+        return self.in_place(total) + self.rounding if total > 0 else 0.0
+
+    def in_place(self, total: float) -> float:
+        """The same without rounding of activations: what a joint probe of it measures."""
         if total <= 0:
             return 0.0
         plain, (x, y) = float(total ** (1 / self.exponents.alpha)), self.known
         curve = math.exp(float(np.interp(math.log(max(plain, _TINY)), x, y))) if len(x) else 1.0
-        return plain * curve + self.rounding
+        return plain * curve
 
     def _check(self, tensor: str) -> None:
         if tensor not in self.scales:

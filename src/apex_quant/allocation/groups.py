@@ -150,9 +150,10 @@ def single_probes(
 
 def spread_out(groups: Sequence[GroupPlan]) -> list[GroupPlan]:
     """Groups in rounds: one of each role and part, from the middle of the model, then a second of each, far from the
-    first, and so on, so that a run that is cut short can be filled in from what is alike."""
+    first, and so on, so that a run that is cut short can be filled in from what is alike. Embeddings, which stand for
+    nothing else, end the first round."""
     alike: dict[tuple[str, str], list[GroupPlan]] = {}
-    for group in sorted(groups, key=lambda group: -1 if group.layer is None else group.layer):
+    for group in sorted(groups, key=lambda group: (group.layer is None, group.layer or 0)):
         alike.setdefault((group.role, group.part), []).append(group)
     rounds = [[members[place] for place in _halving(len(members))] for members in alike.values()]
     return [one for several in itertools.zip_longest(*rounds) for one in several if one is not None]

@@ -13,16 +13,19 @@ from apex_quant.evaluation.compare import compare
 
 STEPS: Final = 4
 """Exchange steps that are measured when prediction and truth disagree."""
-DISAGREE: Final = 0.15
-"""Prediction and truth disagree when the measured interval is further from the prediction than this, or when another
-candidate won."""
+TOO_LOW: Final = 0.35
+TOO_HIGH: Final = 0.15
+"""Prediction and truth disagree when the measured interval is further above or below the prediction than this, or when
+another candidate won. Of many noisy costs the solver takes those that came out too low: the truth of optima was 1.26 to
+1.32 times the prediction (docs/method.md), which says nothing against a recipe."""
 
 
 class Loop:
     """The validation loop of one size.
 
-    `first` is the solver's optimum in `space`, `limit` the bytes of the whole file. `part`: recipes with siblings apart
-    may be chosen too. `problems`: the spaces in which candidates lie, each with its optimum.
+    `first` is the solver's optimum in `space`, `limit` the bytes of the whole file. `part`: a recipe with siblings
+    apart may be chosen too, where it is shown to be lower. `problems`: the spaces in which candidates lie, each with
+    its optimum.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class Loop:
             apart = parted(self.space)
             self.problems.append((apart, apart.fit(self.limit)))
             recipes["siblings apart"] = self.problems[-1][1]
-        self._measure(recipes)
-        best = best_of(self.measured)
+        found = self._measure(recipes)
+        best = best_of(found[:2])
+        for other in found[2:]:  # siblings apart compute slower: not for what may be chance
+            best = other if shown_lower(other, best) else best
         self._drop_all_but(best)
         if not self._disagree(best):
             return best
@@ -77,7 +82,7 @@ class Loop:
         if best is not first:
             return True
         low, high = (first.kld[end] or first.value for end in ("low", "high"))
-        least, most = first.file.predicted / (1 + DISAGREE), first.file.predicted * (1 + DISAGREE)
+        least, most = first.file.predicted / (1 + TOO_HIGH), first.file.predicted * (1 + TOO_LOW)
         return bool(high < least or low > most)
 
     def said(self, best: Candidate) -> list[str]:

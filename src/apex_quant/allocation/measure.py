@@ -62,6 +62,7 @@ _FILE_WORKER = "apex_quant.evaluation.worker"
 _FILE_RATE = 1e8  # weights a second of one thread, about half of what was measured (benchmarks/RESULTS.md)
 _FILE_SHARE = 0.05  # of a budget
 _SPARE = 1 << 30
+_OVER = 1.1  # times the budget, before it is said
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,22 @@ def measure(
         def on_event(event: dict[str, Any]) -> None:
             report(MeasureProgress(**{key: event[key] for key in MeasureProgress.__dataclass_fields__}))
 
+        file = out.with_name(f"{out.name}.{_FILE.lower()}.gguf")
+        held.callback(file.unlink, missing_ok=True)  # one that a killed run left, too
         if rounding and ROUNDING not in read_journal(journal, spec)[1]:
-            payload["rounding"] = _file(opened, out, budget, run_options, held, notes)
+            payload["rounding"] = _file(opened, file, budget, run_options.threads, notes)
         if budget is not None:
             payload["budget"] = budget - (time.monotonic() - started)
         result = child.run(f"{WORKER}:run", payload, on_event, step=f"measuring {opened.path.name}", pass_fds=[lock])
         header, rows = read_journal(journal, spec)
         if not header:
             raise NativeError(f"{journal}: the journal is gone or damaged", hint="measure again")
+        spent = time.monotonic() - started
+        if budget is not None and spent > _OVER * budget:
+            notes.append(
+                f"this took {spent:.0f} s of a budget of {budget:.0f}: loading, the tables of the IQ types, errors of "
+                "a few rows and one probe are the least that can be done"
+            )
         result["notes"] = [*notes, *result["notes"]]
         made = Assembly(opened, probed, matrix, plan.groups, read, result, header, rows).sensitivities(
             {
@@ -269,13 +278,10 @@ def _batching(ctx: int, vocabulary: int, model_bytes: int) -> Batching:
     return Batching(sequences, max(sequences, min(tokens, ctx * sequences)))
 
 
-def _file(
-    model: GGUFModel, out: Path, budget: float | None, options: SessionOptions, held: ExitStack, notes: list[str]
-) -> str | None:
-    """A uniform Q8_0 file of the model beside `out`, until `held` is closed; None, and a note, where it costs too
-    much."""
+def _file(model: GGUFModel, path: Path, budget: float | None, threads: int | None, notes: list[str]) -> str | None:
+    """Make a uniform Q8_0 file of the model. None, and a note, where it costs too much."""
     weights = sum(info.n_elements for info in model.tensors.values())
-    needed, free = int(weights * ggml_type(_FILE).bpw / 8), shutil.disk_usage(out.parent).free
+    needed, free = int(weights * ggml_type(_FILE).bpw / 8), shutil.disk_usage(path.parent).free
     said = "what rounding of activations costs was not measured: "
     if budget is not None and weights / _FILE_RATE > _FILE_SHARE * budget:
         notes.append(f"{said}making a {_FILE} file takes too much of the budget")
@@ -283,11 +289,9 @@ def _file(
     if needed > free - _SPARE:
         notes.append(f"{said}a {_FILE} file takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         return None
-    path = out.with_name(f"{out.name}.{_FILE.lower()}.gguf")
-    held.callback(path.unlink, missing_ok=True)
     with Child(_FILE_WORKER) as child:
         child.run(
-            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": options.threads},
+            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": threads},
             lambda _: None, step=f"making a {_FILE} file of {model.path.name}",
         )  # fmt: skip
     return str(path)

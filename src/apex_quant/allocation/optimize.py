@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,7 @@ def optimize(
         report(OptimizeProgress("solving"))
         first = space.fit(target.bytes) if target.bytes is not None else space.within(target.kld or 0.0)
         notes += space.notes
-        settings = {"steps": steps, "validated": validate, "name": paths.output.name}
-        if not validate:
-            made = _Made(first, first.plan.total_bytes if target.bytes is None else target.bytes, (space, first))
-            if target.kld is not None:
-                notes.append(f"a KLD of {target.kld:g} is predicted, and was not measured (--no-validate)")
-        else:
+        if validate:
             folder = held.enter_context(working_folder(Path(work) if work else paths.work, keep=work is not None))
             validator = Validator(
                 opened, folder, matrix, Path(imatrix) if imatrix is not None else None, plan_options,
@@ -195,13 +191,14 @@ def optimize(
                 measuring=lambda event: report(OptimizeProgress("evaluating", event)),
             )  # fmt: skip
             made = _validated(space, first, target, validator, steps=steps, part=equal is None)
-            notes += made.notes
-            settings |= {"part": equal is None}
-        proved = certificates.proof(*made.problem, made.chosen, made.limit)
-        said = {**target.to_json(), "bytes": made.limit, **made.kept}
+        else:
+            made = _solved(space, first, target)
+        notes += made.notes
+        said = {**target.to_json(), **made.kept}
         document = certificates.certificate(
-            made.problem[0], made.chosen, proved, target=said, sensitivities=measured, validated=made.about,
-            candidates=made.candidates, settings=settings, notes=notes,
+            made.problem[0], made.chosen, made.proof, target={**said, "bytes": made.limit}, sensitivities=measured,
+            validated=made.about, candidates=made.candidates, notes=notes,
+            settings={"steps": steps, "validated": validate, "part": equal is None, "name": paths.output.name},
         )  # fmt: skip
         output: Path | None = None
         if quantize and made.best is not None and len(made.chosen.plan.layouts) == 1:
@@ -220,16 +217,16 @@ def optimize(
             predicted_kld=made.chosen.predicted,
             corrected_kld=made.chosen.predicted * made.ratio if made.ratio is not None else None,
             measured_kld=made.best.kld if made.best is not None else {},
-            gap=proved["gap"],
-            shadow_price=space.price(made.problem[1].solution) * 1e6,
-            proved=proved["proved"],
+            gap=made.proof["gap"],
+            shadow_price=made.problem[0].price(made.problem[1].solution) * 1e6,
+            proved=made.proof["proved"],
             candidates=tuple(made.candidates),
             comparisons=tuple(made.comparisons),
             certificate=paths.certificate,
             output=output,
             types={name: kind.name for name, kind in made.chosen.types.items()},
             notes=tuple(notes),
-            target={**target.to_json(), **made.kept},
+            target=said,
             groups=measured.kinds,
         )
 
@@ -250,6 +247,19 @@ class _Made:
     comparisons: Sequence[str] = ()
     kept: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    @cached_property
+    def proof(self) -> dict[str, Any]:
+        """How far it is from the least predicted cost."""
+        return certificates.proof(*self.problem, self.chosen, self.limit)
+
+
+def _solved(space: Space, first: Fitted, target: Target) -> _Made:
+    """The solver's optimum, without any measurement."""
+    if target.bytes is not None:
+        return _Made(first, target.bytes, (space, first))
+    note = f"a KLD of {target.kld:g} is predicted, and was not measured (--no-validate)"
+    return _Made(first, first.plan.total_bytes, (space, first), notes=[note])
 
 
 def _validated(space: Space, first: Fitted, target: Target, validator: Validator, *, steps: int, part: bool) -> _Made:

@@ -353,8 +353,9 @@ def quantize(
     if measured:
         quantize_measured(model, tier, imatrix, sensitivity, work, out, options, threads, force, dry_run, as_json)
         return
-    if sensitivity is not None or work is not None:
-        raise UsageError("--sensitivity and --work are for --measured: a tier does not read them")
+    for name, given in (("--sensitivity", sensitivity), ("--work", work)):
+        if given is not None:
+            raise UsageError(f"{name} is for --measured: a tier does not read it")
     with JobBar(f"quantizing {model.name}") as bar:
         result = run(
             model,

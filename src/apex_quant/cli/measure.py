@@ -151,15 +151,20 @@ def show_sensitivities(console: Console, made: Sensitivities, out: Path) -> None
             flips = f"{one.flips:.2%}" if one.flips is not None else ""
             table.add_row(safe(group.name), safe(one.type), f"{one.kld:.3g}", f"{one.error:.1g}", flips)
     console.print(table)
+    model = CostModel.from_sensitivities(made)
+    if made.rounding is not None:
+        console.print(
+            f"rounding of activations costs {model.rounding:.2g}: a Q8_0 file has {made.rounding.kld:.3g}, with a "
+            f"standard error of {made.rounding.error:.1g}"
+        )
     if made.joint:
-        model = CostModel.from_sensitivities(made)
         rows = Table(
             "whole recipes", "sum of parts", "predicted", "measured", "standard error", box=None, pad_edge=False
         )
         for joint in sorted(made.joint, key=lambda one: one.kld):
             total = model.total(joint.types)
             rows.add_row(
-                safe(joint.name), f"{total:.3g}", f"{model.corrected(total):.3g}", f"{joint.kld:.3g}",
+                safe(joint.name), f"{total:.3g}", f"{model.in_place(total):.3g}", f"{joint.kld:.3g}",
                 f"{joint.error:.1g}",
             )  # fmt: skip
         console.print(rows)
