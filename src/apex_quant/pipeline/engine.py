@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_quant.errors import ApexError, UsageError
+from apex_quant.errors import UsageError
 from apex_quant.native import Workers
-from apex_quant.pipeline import disk
+from apex_quant.pipeline import disk, room
 from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import RunConfig, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
@@ -23,7 +23,6 @@ from apex_quant.pipeline.estimate import estimate
 from apex_quant.pipeline.look import RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
-from apex_quant.pipeline.source_facts import SourceFacts, source_facts
 from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
 from apex_quant.pipeline.steps_source import check_source, convert_problem
 from apex_quant.pipeline.table import PHASES
@@ -118,10 +117,7 @@ class _Engine:
     def __init__(self, context: Context, selected: Collection[str]) -> None:
         assert tuple(phase.name for phase in PHASES) == NAMES
         self.context, self.selected, self.force = context, selected, context.forced
-        try:
-            self.facts: SourceFacts | None = source_facts(context.config, online=False)
-        except ApexError:  # the phase that meets it says so
-            self.facts = None
+        self.facts = room.facts_at_hand(context)
 
     def run(self) -> list[PhaseRun]:
         runs = []
@@ -130,6 +126,8 @@ class _Engine:
             if one.freed:
                 one = look(self.context, PHASES[number:], self.selected, force=self.force)[0]
             runs.append(self._phase(one))
+            if one.due and phase.name in ("source", "convert"):
+                self.facts = room.facts_at_hand(self.context)
             if number > NAMES.index("convert"):
                 self._free()
         return runs
@@ -146,7 +144,7 @@ class _Engine:
             )
         context.tell(PhaseEvent("run", phase.name, one.reason, eta=self._eta(one)))
         items = [item for item, _ in one.due]
-        disk.require(phase.name, phase.disk(context, items))
+        disk.require(phase.name, room.needs(context, phase, items, self.facts))
         for item, why in one.due:
             self._begin(phase, item, again=why != RESUMED)
         context.state.save()
