@@ -19,7 +19,7 @@ from apex_quant.pipeline import disk, room
 from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import RunConfig, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
-from apex_quant.pipeline.estimate import estimate
+from apex_quant.pipeline.estimate import estimate, peak_disk
 from apex_quant.pipeline.look import RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
@@ -61,7 +61,8 @@ def run(
         due = {one.phase.name: [item.name for item, _ in one.due] for one in looks if one.due}
         estimates = estimate(config, recorded=_took(context), due=due) if due else []
         runs = [PhaseRun.of(one) for one in looks]
-        return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates))
+        peak = peak_disk(estimates, keep=config.keep)
+        return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates), disk=peak)
     if "source" in selected:
         check_source(config)  # before there is a folder
     started = time.monotonic()
@@ -236,7 +237,10 @@ class _Engine:
         """Delete the converted file when no phase, asked for or not, still has to read it."""
         context = self.context
         record = context.record("convert")
-        if context.config.keep or context.is_gguf or record is None or record.released:
+        if context.config.keep or context.is_gguf or record is None:
+            return
+        files = [file for file in record.outputs.get("model", []) if context.state.where(file).exists()]
+        if not files:
             return
         readers = PHASES[1 + NAMES.index("convert") :]
         try:
@@ -245,9 +249,8 @@ class _Engine:
             return
         if any(one.due and one.phase.weights(context) for one in every):
             return
-        files = record.outputs.get("model", [])
         record.released = True
-        context.state.save()
+        context.state.save()  # first: a run that ends in between finds the file and deletes it
         for file in files:
             path = context.state.where(file)
             path.unlink(missing_ok=True)
