@@ -208,6 +208,19 @@ def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) ->
     assert converted.exists()
 
 
+def test_a_run_that_ended_while_it_freed_a_file(toy: Toy) -> None:
+    """Recorded as deleted, and still there: the next run reads it where it can, and deletes it."""
+    toy.run(keep=True)
+    converted = toy.work / "release/convert-"
+    state = State(toy.work).load()
+    state.records["convert"][""].released = True
+    state.save()
+    toy.tokens = 6
+    toy.run()
+    assert toy.calls == [("calibrate", ""), ("quantize", "weighted")]
+    assert not converted.exists()
+
+
 def test_a_file_that_is_gone_or_changed(toy: Toy) -> None:
     toy.run(keep=True)
     (toy.work / "release/quantize-plain").unlink()
