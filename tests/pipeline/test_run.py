@@ -322,3 +322,20 @@ def test_a_matrix_of_another_library_is_replaced(again: Path, monkeypatch: pytes
     state.save()
     monkeypatch.setattr("apex_quant.calibration.calibrate._FORMAT", "another")
     assert "calibrate" in ran(small_run(again))
+
+
+def test_minutes_of_hashing_are_announced(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they begin; and not by a run that knows the hashes."""
+    monkeypatch.setattr("apex_quant.pipeline.context._WORTH_SAYING", 1)
+    said: list[str] = []
+
+    def listen(event: object) -> None:
+        if isinstance(event, PhaseEvent) and event.kind == "note":
+            said.append(event.text)
+
+    small_run(again)  # a copy is another file until it was read
+    small_run(again, dry_run=True, progress=listen)
+    assert said == []
+    os.utime(again / "Small-BF16.gguf")
+    small_run(again, dry_run=True, progress=listen)
+    assert said == ["reading 0 GB once, for their sha256"]
