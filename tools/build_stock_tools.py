@@ -1,7 +1,7 @@
 """Build llama.cpp's own tools (llama-imatrix and others) to compare with. Optional; 3 to 6 minutes on one core.
 
     python tools/build_stock_tools.py build/stock-tools                     # llama-imatrix
-    python tools/build_stock_tools.py build/stock-tools imatrix perplexity quantize gguf-split
+    python tools/build_stock_tools.py build/stock-tools imatrix perplexity quantize gguf-split server
     APEX_STOCK_TOOLS=build/stock-tools/bin python -m pytest -m slow tests/calibration
 
 The sources are those in llama-cpp-python's sdist of the pinned version. The tools are linked against the libraries
@@ -51,6 +51,14 @@ if(NOT TARGET cpp-httplib)
   add_subdirectory(${LLAMA}/vendor/cpp-httplib cpp-httplib)
 endif()
 add_subdirectory(${LLAMA}/common common)
+if(server IN_LIST TOOLS)
+  # its own CMakeLists.txt takes these from the whole project's; without the browser's pages, which are downloaded
+  set(PROJECT_SOURCE_DIR ${LLAMA})
+  set(LLAMA_BUILD_UI OFF)
+  set(LLAMA_USE_PREBUILT_UI OFF)
+  add_subdirectory(${LLAMA}/tools/ui ui)
+  add_subdirectory(${LLAMA}/tools/mtmd mtmd)
+endif()
 foreach(tool ${TOOLS})
   add_subdirectory(${LLAMA}/tools/${tool} ${tool})
 endforeach()

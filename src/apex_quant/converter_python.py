@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from apex_quant.converter_source import cache_folder
+from apex_quant.cache import cache_folder
 from apex_quant.errors import ResourceError, UsageError
 from apex_quant.other_python import code_command
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from apex_quant.cache import cache_folder
 from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.version import LIBRARY, LIBRARY_VERSION
 
@@ -69,12 +70,6 @@ class Converter:
                 keys = node.value.keys  # type: ignore[attr-defined]
                 return frozenset(str(key.value) for key in keys if isinstance(key, ast.Constant))
         return frozenset()
-
-
-def cache_folder() -> Path:
-    """XDG_CACHE_HOME/apex-quant, where absent ~/.cache/apex-quant. Not created."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "apex-quant"  # noqa: PTH117
 
 
 def find_converter(*, sdist: str | Path | None = None, sha256: str | None = None, say: Say = print) -> Converter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,13 +13,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from rich.console import Console
 
 from apex_quant import SessionOptions, embedded_model
+from apex_quant.cli.kv import show_kv
 from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.evaluation import pertoken
 from apex_quant.evaluation.kv import KVResult, kv, load_kv
 from apex_quant.evaluation.kv_observe import CacheTap, rounding, stock_round_trip
-from apex_quant.evaluation.kv_summary import Measured, assemble
+from apex_quant.evaluation.kv_summary import Measured, _divergence, assemble
 from apex_quant.evaluation.make_reference import make_reference
 from apex_quant.evaluation.token_job import EvaluationProgress
 from apex_quant.gguf import open_model
@@ -284,6 +287,18 @@ def test_a_stored_reference(tmp_path: Path, small: Path, found: KVResult) -> Non
         run(None, model=small, pairs=(), chunks=None, **more)
 
 
+def test_divergences_are_not_negative() -> None:
+    kld = np.random.default_rng(0).normal(0, 1e-9, 40 * 20)
+    found = _divergence(kld, np.repeat(np.arange(40), 20))
+    assert 0 <= found["low"] <= found["value"] <= found["high"]
+    assert found["low"] == 0
+
+
+def test_nothing_to_measure(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no cache types"):
+        kv(embedded_model(), types=(), pairs=(), out=tmp_path / "kv.json")
+
+
 @pytest.mark.slow
 def test_rotation_and_speed(tmp_path: Path) -> None:
     more: dict[str, Any] = {"types": ["q4_0"], "pairs": (), "reference": None, "simulate": None, "speed": True}
@@ -292,6 +307,13 @@ def test_rotation_and_speed(tmp_path: Path) -> None:
     (plain,) = made.document["unrotated"]
     assert plain["rotated"] == {"k": False, "v": False}
     assert plain["kld_mean"]["value"] != made.pairs[1]["kld_mean"]["value"]
+    made.document["ranking"] = [dict(row, differs=False) for row in made.document["ranking"]]
+    console = Console(file=io.StringIO(), width=200)
+    show_kv(console, made)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert len([line for line in shown.splitlines() if line.lstrip().startswith("q4_0")]) == 2
+    assert "q4_0/q4_0 without rotation" in shown
     assert all(row["speed"]["pp512"]["value"] > 0 and row["speed"]["tg32"]["value"] > 0 for row in made.pairs)
     off = run(None, model=embedded_model(), rotation="off", **{**more, "speed": False})
     assert off.row("q4_0", "q4_0", rotation=False)["kld_mean"] == plain["kld_mean"]

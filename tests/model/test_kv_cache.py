@@ -14,7 +14,8 @@ import pytest
 from apex_quant import embedded_model
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import open_model
-from apex_quant.model.kv_cache import CACHE_TYPES, KVCache, kv_cache
+from apex_quant.model.kv_cache import CACHE_TYPES, KVCache, _row_bytes, kv_cache
+from apex_quant.model.kv_rules import FORK_TYPES
 from apex_quant.serving.memory import LibraryMemory, MemoryQuestion, library_memory
 from tests.helpers.random_models import write_random_gguf
 from tests.helpers.shapes import ARCHITECTURES, BASE, TINY, Shape, attention, feed_forward, norms, qk_norm
@@ -222,3 +223,17 @@ def test_other_rules(architecture: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(ARCHITECTURES, architecture, OTHERS[architecture])
     path = write_random_gguf(tmp_path / "m.gguf", architecture, sparse=True)
     compare(path, [MemoryQuestion(2000, ubatch=128), MemoryQuestion(1000, "q8_0", "q4_0", sequences=3, unified=True)])
+
+
+@pytest.mark.parametrize("name", FORK_TYPES)
+def test_types_of_forks(name: str, tmp_path: Path) -> None:
+    """As many blocks as the codec makes of the rows; heads of 64 in an odd number are filled up."""
+    from apex_quant.evaluation.turbo.codec import TURBO
+
+    assert FORK_TYPES[name] == (128, TURBO[name].bytes)
+    path = write_random_gguf(tmp_path / "m.gguf", "llama", sparse=True, scale="real")
+    with open_model(path) as model:
+        f16, turbo = (kv_cache(model, ctx=512, type_k=kind, type_v=kind) for kind in ("f16", name))
+    assert turbo.bytes * 256 == f16.bytes * TURBO[name].bytes
+    assert _row_bytes(3 * 64, 64, name) == 3 * TURBO[name].bytes
+    assert _row_bytes(2 * 64, 64, name) == TURBO[name].bytes

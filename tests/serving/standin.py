@@ -53,6 +53,9 @@ HELP = """
 --jinja, --no-jinja                     chat templates
 -fit,  --fit [on|off]                   fit to memory
 --temp N                                temperature
+-cram, --cache-ram N                    earlier prompts
+-ctxcp, --ctx-checkpoints N             states
+--cors-origins ORIGINS                  pages
 """
 GPU = "Available devices:\n  CUDA0: NVIDIA Thing (24210 MiB, {free} MiB free)\n"
 

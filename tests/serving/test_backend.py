@@ -8,9 +8,10 @@ import pytest
 
 from apex_quant import embedded_model
 from apex_quant.errors import InputError, ResourceError, UsageError
+from apex_quant.evaluation.kv_types import server_types
 from apex_quant.serving import backend
 from apex_quant.serving.access import is_loopback, read_keys
-from apex_quant.serving.backend import Found, Launch, cache_types, command, devices, flags
+from apex_quant.serving.backend import Found, Launch, command, devices, flags
 from apex_quant.serving.serve import plan_service, serve
 from tests.helpers.random_models import write_random_gguf
 from tests.serving.standin import HELP, seen, standin
@@ -98,8 +99,8 @@ def test_keys(tmp_path: Path) -> None:
 
 def test_what_a_build_says() -> None:
     assert {"--model", "-ngl", "--n-gpu-layers", "--no-jinja"} <= flags(HELP)
-    assert cache_types(HELP.replace("{more}", ", turbo3"))[-1] == "turbo3"
-    assert cache_types("nothing") == ()
+    assert server_types(HELP.replace("{more}", ", turbo3"))[-1] == "turbo3"
+    assert server_types("nothing") == ()
 
 
 def test_devices(tmp_path: Path) -> None:
@@ -132,8 +133,62 @@ def test_options_that_a_build_lacks(tmp_path: Path) -> None:
 
 
 def test_types_that_only_a_fork_has(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no cache type turbo3"):
+    with pytest.raises(UsageError, match=r"turbo3 is not in stock llama\.cpp.*q5_1/q5_0 takes 5\.75 bits"):
         plan_service(MODEL, server=standin(tmp_path), kv="q8_0/turbo3")
+    fork = standin(tmp_path / "fork", more=", turbo2, turbo3, turbo4", free=20000)
+    with serve(MODEL, server=fork, port=0, kv="q8_0/turbo3", ctx=1000):
+        words = seen(tmp_path / "fork")["argv"]
+    assert words[words.index("--cache-type-v") + 1] == "turbo3"
+    assert words[words.index("--flash-attn") + 1] == "on"
+    stock, turbo = (plan_service(MODEL, server=fork, kv=kv, ctx=1024) for kv in ("q8_0", "q8_0/turbo3"))
+    taken = [float(next(line for line in plan.reasons if "KV cache" in line).split(": ")[1].split()[0])
+             for plan in (stock, turbo)]  # fmt: skip
+    assert taken[1] < taken[0]
+    with pytest.raises(UsageError, match="has no cache type f32"):
+        plan_service(MODEL, server=standin(tmp_path / "old", help_text=HELP.replace("f32, ", "")), kv="f32")
+    with pytest.raises(UsageError, match="no cache type is called"):
+        plan_service(MODEL, server=fork, kv="q9_0")
+
+
+def test_tiers_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write_random_gguf(folder / "a.gguf", "llama", layers="D", sparse=True, metadata={"apex.tier": "i-quality"})
+    write_random_gguf(folder / "m-Mini.gguf", "llama", layers="D", sparse=True)
+    write_random_gguf(folder / "other.gguf", "llama", layers="D", sparse=True)
+    server = standin(tmp_path / "bin")
+    assert plan_service("i-quality", folder=folder, server=server).model.name == "a.gguf"
+    assert plan_service("I-Quality", folder=folder, server=server).model.name == "a.gguf"
+    monkeypatch.chdir(folder)
+    assert plan_service("mini", server=server).model.name == "m-Mini.gguf"
+    with pytest.raises(InputError, match="no file of tier balanced") as caught:
+        plan_service("balanced", server=server)
+    assert caught.value.hint == "there is i-quality (a.gguf), mini (m-Mini.gguf)"
+    with pytest.raises(InputError):
+        plan_service("no-such-tier", server=server)
+
+
+def test_what_llama_server_keeps_beside_the_model_is_planned(tmp_path: Path) -> None:
+    server = standin(tmp_path)
+    plan = plan_service(MODEL, server=server, ram=1 << 30)
+    assert 0 < plan.prompt_cache < 1 << 30
+    assert 0 < plan.checkpoints <= 8  # the model has states
+    assert any("earlier prompts" in line for line in plan.reasons)
+    with serve(MODEL, server=server, port=0, plan=plan):
+        words = seen(tmp_path)["argv"]
+    assert words[words.index("--cache-ram") + 1] == str(plan.prompt_cache >> 20)
+    assert words[words.index("--ctx-checkpoints") + 1] == str(plan.checkpoints)
+    assert words[words.index("--cors-origins") + 1] == "localhost"
+    with serve(MODEL, server=server, port=0, plan=plan, api_key_file=key_file(tmp_path / "keys")):
+        assert "--cors-origins" not in seen(tmp_path)["argv"]
+
+
+def test_the_plan_is_told_before_the_server_starts(tmp_path: Path) -> None:
+    told: list[str] = []
+    (tmp_path / "fails").touch()
+    with pytest.raises(ResourceError):
+        serve(MODEL, server=standin(tmp_path), port=0, planned=lambda plan: told.append(plan.alias))
+    assert told == ["apex-tiny-moe"]
 
 
 def test_the_plan_uses_the_device_there_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,15 @@ import pytest
 
 from apex_quant.errors import InputError, UsageError
 from apex_quant.serving.fit import Fit, fit
-from apex_quant.serving.joint import Joint, read_pairs
+from apex_quant.serving.joint import Joint, read_cache_damage
 from tests.helpers.random_models import write_random_gguf
 
 KINDS = ("BF16", "Q8_0")
+WHOLE = json.dumps({
+    "schema": "apex.kv/1", "model": {"path": "m.gguf", "sha256": "0", "bytes": 1}, "simulated": [],
+    "pairs": [{"k": "a", "v": "b", "kld_mean": {"value": 0.5, "low": 0, "high": 1}, "bytes_per_token": 1,
+               "mib_at": {}}],
+})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,12 @@ def estimate(value: float, half: float) -> dict[str, float | int]:
 def write(folder: Path, weights: dict[str, tuple[float, float]], kv: dict[str, tuple[float, float]]) -> list[Path]:
     """kv.json and results of each file."""
     folder.mkdir(exist_ok=True)
-    pairs = [{"k": name, "v": name, "kld_mean": estimate(*value)} for name, value in kv.items()]
-    (folder / "kv.json").write_text(json.dumps({"pairs": pairs}))
+    pairs = [{"k": name, "v": name, "kld_mean": estimate(*value), "bytes_per_token": 1, "mib_at": {}}
+             for name, value in kv.items()]  # fmt: skip
+    about = {"path": "m.gguf", "sha256": "0" * 64, "bytes": 1}
+    (folder / "kv.json").write_text(
+        json.dumps({"schema": "apex.kv/1", "model": about, "pairs": pairs, "simulated": []} | {"ranking": []})
+    )
     for kind, value in weights.items():
         document = {
             "schema": "apex.results/1",
@@ -102,6 +112,48 @@ def test_sums_of_what_fits(folder: Path, tmp_path: Path) -> None:
     assert joint.verdict == "nothing_left"
 
 
+def test_the_best_sum_is_chosen(folder: Path, tmp_path: Path) -> None:
+    """A larger cache of the smaller file, where that is what was measured to be better; the unsafe pairs too."""
+    files = write(
+        tmp_path / "r", {"BF16": (0.2, 0.001), "Q8_0": (0.01, 0.001)}, {"q8_0": (0.5, 0.01), "q4_0": (0.02, 0.001)}
+    )
+    found, joint = ask(folder, files, tight(folder, "BF16", "q8_0"))
+    assert found.choice is not None
+    assert (found.choice.name, found.choice.k) == ("m-Q8_0", "f16")
+    assert joint.fitting[0].name == "m-Q8_0"
+    found, joint = ask(folder, files, tight(folder, "Q8_0", "q8_0"))  # f16 does not fit there any more
+    assert found.choice is not None
+    assert (found.choice.name, found.choice.k) == ("m-Q8_0", "q4_0")
+    assert "smallest sum of measured damages" in found.reason
+    assert "0.03 nats per token" in found.reason
+    assert joint.start == "m-Q8_0 with q4_0/q4_0"
+    best = next(one for one in joint.fitting if one.on_device)
+    assert (best.name, best.k) == ("m-Q8_0", "q4_0")
+    assert best.kld.value == pytest.approx(0.03)
+    assert joint.fitting[0].kld.value < best.kld.value  # with experts in main memory
+
+
+def test_measurements_belong_to_files(folder: Path, tmp_path: Path) -> None:
+    """Those of the file itself are taken, known by its bytes; others only with a warning."""
+    results = write(tmp_path / "r", {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    documents = {kind: json.loads(results[0].read_text()) for kind in KINDS}
+    for (kind, document), damage in zip(documents.items(), (0.4, 0.6), strict=True):
+        data = (folder / f"m-{kind}.gguf").read_bytes()
+        document["model"] = {"path": f"m-{kind}.gguf", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        document["pairs"][0]["kld_mean"] = estimate(damage, 0.1)
+        (tmp_path / f"kv-{kind}.json").write_text(json.dumps(document))
+    own = [tmp_path / f"kv-{kind}.json" for kind in reversed(KINDS)]
+    found = fit(folder, vram=1 << 40, ctx=512, joint=own, results=results[1:])
+    assert found.joint is not None
+    assert not any("taken for it" in line for line in found.joint.warnings)
+    sums = {(one.name, one.k): one.kld.value for one in found.joint.fitting}
+    assert sums["m-BF16", "q8_0"] == pytest.approx(0.4)
+    assert sums["m-Q8_0", "q8_0"] == pytest.approx(0.63)
+    found = fit(folder, vram=1 << 40, ctx=512, joint=own[0], results=results[1:])
+    assert found.joint is not None
+    assert "m-BF16: its cache types were not measured; those of m-Q8_0.gguf are taken for it" in found.joint.warnings
+
+
 def test_only_measured_pairs_are_weighed(folder: Path, tmp_path: Path) -> None:
     files = write(tmp_path / "r", {"Q8_0": (0.03, 0.004)}, {"q4_0": (0.01, 0.003)})
     found, joint = ask(folder, files, 1 << 40)
@@ -113,13 +165,15 @@ def test_only_measured_pairs_are_weighed(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"pairs": 5}', '{"pairs": [{"k": "f16"}]}', "[" * 10**5,
-     '{"pairs": [{"k": "a", "v": "b", "kld_mean": {"value": NaN, "low": 0, "high": 1}}]}',
-     '{"pairs": [{"k": "a", "v": "b", "kld_mean": {"value": 2, "low": 0, "high": 1}}]}'],
+     WHOLE.replace("apex.kv/1", "apex.kv/99"), WHOLE.replace('"value": 0.5', '"value": NaN'),
+     WHOLE.replace('"value": 0.5', '"value": 2'), WHOLE.replace('"sha256": "0"', '"sha": 0')],
 )  # fmt: skip
 def test_files_that_are_no_kv_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "kv.json").write_text(WHOLE)
+    assert set(read_cache_damage(tmp_path / "kv.json").pairs) == {("f16", "f16"), ("a", "b")}
     (tmp_path / "kv.json").write_text(text)
     with pytest.raises(InputError, match=r"kv\.json"):
-        read_pairs(tmp_path / "kv.json")
+        read_cache_damage(tmp_path / "kv.json")
 
 
 def test_what_is_needed(folder: Path, tmp_path: Path) -> None:
@@ -134,9 +188,10 @@ def test_pairs_without_an_interval_are_named(folder: Path, tmp_path: Path) -> No
     files = write(tmp_path / "r", {"Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
     document = json.loads(files[0].read_text())
     few = {"value": 0.1, "low": None, "high": None, "n": 2}
-    document["pairs"] += [{"k": kind, "v": kind, "kld_mean": few} for kind in ("f16", "q4_0")]
+    more = {"kld_mean": few, "bytes_per_token": 1, "mib_at": {}}
+    document["pairs"] += [{"k": kind, "v": kind, **more} for kind in ("f16", "q4_0")]
     files[0].write_text(json.dumps(document))
-    assert set(read_pairs(files[0])) == {("f16", "f16"), ("q8_0", "q8_0")}
+    assert set(read_cache_damage(files[0]).pairs) == {("f16", "f16"), ("q8_0", "q8_0")}
     _, joint = ask(folder, files, 1 << 40)
     assert [line for line in joint.warnings if "too little" in line] == [joint.warnings[0]]
     assert joint.warnings[0].startswith("q4_0/q4_0")

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from apex_quant.serving.serve import POLL_SECONDS, Service, serve
 
 KEY = "a-key-of-mine"
 HELLO = [{"role": "user", "content": "Hello"}]
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "add",
@@ -32,6 +33,7 @@ TOOL = {
         },
     },
 }
+OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,11 +99,12 @@ def test_chat(client: openai.OpenAI, service: Service) -> None:
     assert again.choices[0].message.content == whole
 
 
-def test_tool_calls(client: openai.OpenAI) -> None:
+def test_a_named_tool(client: openai.OpenAI) -> None:
     said = client.chat.completions.create(
-        model="m", messages=HELLO, max_tokens=60, temperature=0, tools=[TOOL],
+        model="m", messages=HELLO, max_tokens=80, temperature=0, tools=[TOOL, OTHER],
         tool_choice={"type": "function", "function": {"name": "add"}},
     )  # fmt: skip
+    assert said.choices[0].finish_reason == "tool_calls"
     (call,) = said.choices[0].message.tool_calls or []
     assert call.type == "function"
     assert call.function.name == "add"
@@ -110,12 +113,78 @@ def test_tool_calls(client: openai.OpenAI) -> None:
     assert isinstance(arguments["b"], bool)
 
 
-def test_json_mode(client: openai.OpenAI) -> None:
+def test_a_conversation_with_tools(client: openai.OpenAI) -> None:
+    """A call is made, its result sent back with the assistant's message as the client has it, and an answer comes."""
+    messages: list[Any] = [{"role": "developer", "content": "Be brief."}, *HELLO]
     said = client.chat.completions.create(
-        model="m", messages=HELLO, max_tokens=80, temperature=0,
-        response_format={"type": "json_object", "schema": TOOL["function"]["parameters"]},  # type: ignore
+        model="m", messages=messages, max_completion_tokens=80, temperature=0, tools=[TOOL, OTHER],
+        tool_choice="required",
     )  # fmt: skip
-    assert set(json.loads(said.choices[0].message.content or "")) == {"a", "b"}
+    (call,) = said.choices[0].message.tool_calls or []
+    assert said.choices[0].message.content is None
+    assert call.type == "function"
+    messages.append(said.choices[0].message)
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": "3"})
+    for choice in ("none", "auto"):
+        after = client.chat.completions.create(
+            model="m", messages=messages, max_tokens=80, temperature=0, tools=[TOOL, OTHER], tool_choice=choice
+        )  # fmt: skip
+        message = after.choices[0].message
+        assert message.content or message.tool_calls
+        assert choice == "auto" or not message.tool_calls
+    # this model was never taught tools: with auto either is right, and both have the form of one
+    auto = client.chat.completions.create(model="m", messages=HELLO, max_tokens=200, temperature=0, tools=[TOOL])
+    assert auto.choices[0].finish_reason in ("stop", "tool_calls", "length")
+
+
+def test_streamed_tool_calls(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=80, temperature=0, tools=[TOOL, OTHER], tool_choice="required",
+        stream=True, stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = list(stream)
+    calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+    assert [call.index for call in calls] == [0]
+    assert calls[0].function is not None
+    assert json.loads(calls[0].function.arguments or "")
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "tool_calls"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 5
+
+
+def test_json_mode(client: openai.OpenAI) -> None:
+    schema = TOOL["function"]["parameters"]
+    formats: list[Any] = [
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+    ]
+    for form in formats:
+        said = client.chat.completions.create(
+            model="m", messages=HELLO, max_tokens=80, temperature=0, response_format=form
+        )
+        assert set(json.loads(said.choices[0].message.content or "")) == {"a", "b"}
+
+
+@pytest.mark.parametrize("path", ["chat", "text"])
+def test_streams_count_tokens_as_answers_do(path: str, client: openai.OpenAI) -> None:
+    if path == "chat":
+        common: dict[str, Any] = {"model": "m", "messages": HELLO, "max_tokens": 9, "temperature": 0}
+        create: Any = client.chat.completions.create
+    else:
+        common, create = (
+            {"model": "m", "prompt": "Once upon", "max_tokens": 9, "temperature": 0},
+            client.completions.create,
+        )
+    whole = create(**common).usage
+    last = list(create(**common, stream=True, stream_options={"include_usage": True}))[-1]
+    assert last.choices == []
+    assert last.usage.model_dump() == whole.model_dump()
+
+
+def test_one_model(client: openai.OpenAI) -> None:
+    assert client.models.retrieve("apex-tiny-moe").id == "apex-tiny-moe"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("another")
 
 
 def test_keys(service: Service) -> None:
@@ -127,6 +196,28 @@ def test_keys(service: Service) -> None:
     assert post(service, "/health", b"", None)[0] == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=service.url, api_key="no", max_retries=0).models.list()
+
+
+def test_pages_from_elsewhere(tmp_path: Path) -> None:
+    """Without a key: neither a page of another site, nor one whose name was made to stand for this machine."""
+    with serve(embedded_model(), port=0, threads=1, ctx=256) as open_to_all:
+
+        def ask(method: str, path: str, **headers: str) -> tuple[int, Any]:
+            connection = http.client.HTTPConnection("127.0.0.1", open_to_all.port, timeout=60)
+            connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+            response = connection.getresponse()
+            response.read()
+            connection.close()
+            assert not any(name.lower().startswith("access-control-") for name in response.headers)
+            return response.status, response
+
+        for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://[::1"):
+            assert ask("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="GET")[0] == 403
+            assert ask("GET", "/v1/models", Origin=origin)[0] == 403
+            assert ask("GET", "/health", Origin=origin)[0] == 403
+        assert ask("GET", "/v1/models", Host="evil.example")[0] == 403
+        assert ask("GET", "/v1/models", Host=f"localhost:{open_to_all.port}")[0] == 200
+        assert ask("GET", "/v1/models", Origin=f"http://localhost:{open_to_all.port}")[0] == 200
 
 
 def test_the_key_is_on_no_command_line(service: Service) -> None:
@@ -163,6 +254,40 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": ["a", "b"]}),
     ("/v1/completions", {"prompt": "\ud800"}),
     ("/v1/completions", {"prompt": "a", "logprobs": 10**9}),
+    *(("/v1/completions", {"messages": wrong, "prompt": [1, 2]}) for wrong in ("x", None, 5, [1])),
+    # each of these ended the process
+    ("/v1/completions", {"prompt": "a", "grammar": "root ::= " + "(" * 50_000}),
+    ("/v1/completions", {"prompt": "a", "grammar": 'root ::= (("a"?){0,40}){0,40}'}),
+    *(
+        ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_object", "schema": schema}})
+        for schema in (
+            {"type": "string", "minLength": 100_000, "maxLength": 200_000},
+            {"type": "string", "pattern": "^(a{1,99999}){1,99999}$"},
+            {"type": "string", "pattern": "^(((a{1,99}){1,99}){1,99}){1,99}$"},
+            {"type": "array", "items": {"type": "string"}, "minItems": 10**9},
+            {"$ref": "#/nowhere"},
+            {"$ref": "https://192.0.2.1/schema.json"},
+            {"type": "surprise"},
+        )
+    ),
+    ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_schema"}}),
+    ("/v1/chat/completions", {"messages": HELLO, "response_format": "json"}),
+    ("/v1/chat/completions", {"messages": HELLO, "n": 2}),
+    ("/v1/completions", {"prompt": "a", "best_of": 2}),
+    ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 0}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": -1}),
+    ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 2}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"99999999": 1}}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"-1": 1}}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"1": 1e9}}),
+    ("/v1/chat/completions", {"messages": HELLO, "stream_options": {"include_usage": True}}),
+    ("/v1/chat/completions", {"messages": HELLO, "functions": [{"name": "x"}]}),
+    ("/v1/chat/completions", {"messages": HELLO, "tool_choice": "required"}),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [TOOL], "tool_choice": "perhaps"}),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [{"type": "function", "function": {}}]}),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [TOOL], "response_format": {"type": "json_object"}}),
+    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}),
 ]
 
 
@@ -229,14 +354,19 @@ def test_many_requests_and_aborted_streams(client: openai.OpenAI, service: Servi
         return str(said.choices[0].finish_reason)
 
     def abort(_: int) -> None:
+        """Break off a stream that has begun."""
         request = json.dumps({"messages": HELLO, "max_tokens": 200, "stream": True, "temperature": 1.0})
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=170)
-        connection.request("POST", "/v1/chat/completions", request, {"Authorization": f"Bearer {KEY}"})
-        connection.getresponse().read(10)
+        connection.request("POST", "/v1/chat/completions", request, headers)
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.readline().startswith(b"data: {")
+        assert connection.sock is not None
+        connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
 
-    patient = client.with_options(timeout=170)
-    client = patient
+    client = client.with_options(timeout=170)
     with ThreadPoolExecutor(205) as pool:
         aborted = [pool.submit(abort, i) for i in range(5)]
         reasons = list(pool.map(one, range(200)))

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from apex_quant.model.kv_cache import LayerCache
     from apex_quant.serving.fit import Fit
     from apex_quant.serving.joint import Joint
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
 def fit(
@@ -25,7 +28,7 @@ def fit(
         str | None, typer.Option("--ram", metavar="SIZE", help="main memory that may be used (default: not checked)")
     ] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=1, help="tokens of each sequence")] = 32768,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="sequences at a time")] = 1,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="sequences at a time")] = 1,
     type_k: Annotated[str | None, typer.Option("--type-k", metavar="TYPE", help="of the cache; default: tried")] = None,
     type_v: Annotated[str | None, typer.Option("--type-v", metavar="TYPE", help="of the cache; default: tried")] = None,
     ubatch: Annotated[int, typer.Option("--ubatch", min=1, help="tokens computed together")] = 512,
@@ -33,8 +36,8 @@ def fit(
         str | None, typer.Option("--reserve", metavar="SIZE", help="of the device, kept free (default 1GiB)")
     ] = None,
     joint: Annotated[
-        Path | None,
-        typer.Option("--joint", metavar="KV.json", help="of apex kv: weights or cache next? needs --results"),
+        list[Path] | None,
+        typer.Option("--joint", metavar="KV.json", help="of apex kv: choose by measurements; repeat"),
     ] = None,
     results: Annotated[
         list[Path] | None, typer.Option("--results", metavar="FILE|DIR", help="of apex eval, for --joint; repeat")
@@ -42,7 +45,6 @@ def fit(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Exact bytes of weights, KV cache and states, compute buffers, expert offload: what fits, how much context."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.serving.fit import fit as run
     from apex_quant.sizes import parse_size
 
@@ -56,13 +58,13 @@ def fit(
         type_v=type_v,
         ubatch=ubatch,
         reserve=None if reserve is None else _size(reserve),
-        joint=joint,
+        joint=joint or None,
         results=results or (),
     )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show(_console(False), found)
+        show(console_for(False), found)
 
 
 def _size(text: str) -> int:
@@ -77,7 +79,7 @@ def show(console: Console, found: Fit) -> None:
 
     made = table(
         None, "file", "K/V", "fits", "placement", ">weights", ">KV", ">states", ">compute", ">device", ">RAM",
-        ">context left",
+        ">most context",
     )  # fmt: skip
     for one in found.options:
         both = (one.device, one.host)
@@ -90,10 +92,13 @@ def show(console: Console, found: Fit) -> None:
     console.print(made)
     sequences = f" for each of {found.parallel} sequences" if found.parallel > 1 else ""
     console.print(
-        f"asked: {found.ctx:,} tokens{sequences}, device {_mib(found.vram)} of which {_mib(found.reserve)} free"
+        f"asked: {found.ctx:,} tokens{sequences}, device {_mib(found.vram)} of which {_mib(found.reserve)} stay free"
     )
     compute, error = found.compute.at(found.ctx), found.compute.error
     console.print(f"compute buffers {_mib(compute)} ± {error:.0%}: {safe(found.compute.source)}")
+    if found.options:
+        shown = found.choice or found.options[0]
+        console.print(f"[dim]{safe(shown.name)}, {shown.k}/{shown.v}, by layer: {'; '.join(layers(shown.cache))}[/]")
     for name, note in {one.name: one.note for one in found.options if one.note}.items():
         console.print(f"[yellow]{safe(name)}: the cache is estimated: {safe(note)}[/]")
     if found.choice is not None:
@@ -114,14 +119,46 @@ def show(console: Console, found: Fit) -> None:
     show_warnings(console, list(found.warnings))
 
 
+def layers(cache: Sequence[LayerCache]) -> list[str]:
+    """What layers remember, equal ones together."""
+    alike: dict[tuple[str, int, int, int], list[int]] = {}
+    for one in cache:
+        alike.setdefault((one.kind, one.cells, one.k_bytes, one.v_bytes), []).append(one.layer)
+    return [
+        f"{len(which)} {kind} ({_ranges(which)}) of {(k + v) / 2**20:.2f} MiB"
+        + ("" if kind == "recurrent" else f", {cells:,} cells")
+        for (kind, cells, k, v), which in alike.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """3, 7-9: runs of numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _show_joint(console: Console, joint: Joint) -> None:
     from apex_quant.cli.show import show_warnings, table
 
-    made = table("what fits, by the sum of both damages (mean KLD)", "file", "K/V", ">memory", ">sum", ">low", ">high")
+    made = table(
+        "what fits, by the sum of both damages (mean KLD)",
+        "file",
+        "K/V",
+        "on the device",
+        ">memory",
+        ">sum",
+        ">low",
+        ">high",
+    )
     for one in joint.fitting:
         mark = " (shown worse)" if one.shown_worse else ""
         made.add_row(
-            safe(one.name) + mark, f"{one.k}/{one.v}", _mib(one.bytes),
+            safe(one.name) + mark, f"{one.k}/{one.v}", "wholly" if one.on_device else "not wholly", _mib(one.bytes),
             *(f"{value:.5f}" for value in (one.kld.value, one.kld.low, one.kld.high)),
         )  # fmt: skip
     console.print(made)

@@ -9,21 +9,9 @@ import typer
 from rich.console import Console
 
 from apex_quant.cli import safe
-from apex_quant.cli.evaluate import (
-    Buffers,
-    Chunks,
-    CpuExperts,
-    EvaluationBar,
-    EveryToken,
-    GpuLayers,
-    Json,
-    NoMmap,
-    TensorSplit,
-    Text,
-    Threads,
-    interval,
-    session_options,
-)
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.evaluate import Chunks, EvaluationBar, EveryToken, Text, interval
+from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, NoMmap, TensorSplit, Threads, session_options
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +58,6 @@ def kv(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Divergence, memory and speed of KV-cache types on this model. Interrupted, the same command goes on."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.evaluation.kv import kv as run
     from apex_quant.evaluation.kv_types import MIXED, STOCK
 
@@ -80,8 +67,8 @@ def kv(
             model,
             reference=reference,
             source=source,
-            types=_words(types) if types else STOCK,
-            pairs=() if types else MIXED,
+            types=STOCK if types is None else _words(types),
+            pairs=MIXED if types is None else (),
             ctx=_numbers(ctx),
             text=text,
             chunks=chunks,
@@ -94,9 +81,9 @@ def kv(
             progress=bar,
         )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show_kv(_console(False), found)
+        show_kv(console_for(False), found)
 
 
 def _words(given: list[str] | None) -> list[str]:
@@ -121,7 +108,7 @@ def show_kv(console: Console, found: KVResult) -> None:
         None, "K", "V", ">bits", "mean KLD from f16", "99.9 %", ">same top", *(["added by KV"] if full else []),
         *(f">MiB at {size}" for size in sizes), ">bytes/token", ">pp", ">tg", "rotated",
     )  # fmt: skip
-    for row in found.pairs:
+    for row in [*found.pairs, *document["unrotated"]]:
         made.add_row(*_cells(row, sizes, full))
     console.print(made)
     measured = sorted({row["ctx"] for row in found.pairs if row["ctx"]})
@@ -129,14 +116,17 @@ def show_kv(console: Console, found: KVResult) -> None:
         console.print(f"[dim]divergence at {', '.join(map(str, measured))} tokens, 95 % intervals over chunks[/]")
     for one, after in zip(document["ranking"], document["ranking"][1:], strict=False):
         if one["differs"] is False:
-            names = f"{one['k']}/{one['v']} and {after['k']}/{after['v']}"
-            console.print(safe(f"no difference shown between {names}"))
+            console.print(safe(f"no difference shown between {_name(one)} and {_name(after)}"))
     for row in found.simulated:
         console.print(safe(f"simulated: {row['sentence'] or row.get('problem')}"))
     for note in document["notes"]:
         console.print(f"[yellow]note:[/] {safe(note)}")
     if found.path is not None:
         console.print(f"[dim]{safe(str(found.path))}[/]")
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['k']}/{row['v']}" + (" without rotation" if row["rotation"] is False else "")
 
 
 def _cells(row: dict[str, Any], sizes: list[str], full: bool) -> list[str]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import deque
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from apex_quant.cli import one_line, safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+if TYPE_CHECKING:
+    from apex_quant.serving.serve import ServePlan
 
 
 def serve(
-    place: Annotated[Path, typer.Argument(metavar="MODEL|DIR", help="a GGUF file, or a folder of tiers")],
+    place: Annotated[
+        str, typer.Argument(metavar="MODEL|TIER|DIR", help="a GGUF file, a folder of tiers, or a tier in --dir")
+    ],
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="where a tier's file is looked for")] = Path(),
     ctx: Annotated[str, typer.Option("--ctx", metavar="N|auto", help="tokens of each request")] = "auto",
     kv: Annotated[
         str, typer.Option("--kv", metavar="TYPE|K/V|auto", help="of the cache; auto: f16 if it fits, else q8_0")
@@ -40,44 +45,44 @@ def serve(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Serve a model with what fits this machine, chosen and explained; Ctrl-C ends it."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.fit import _size
     from apex_quant.serving.serve import serve as run
     from apex_quant.sizes import parse_size
 
-    recent: deque[str] = deque(maxlen=20)
-
     def log(name: str, line: str) -> None:
-        recent.append(line)
         if verbose:
             print(one_line(line), file=sys.stderr, flush=True)
+
+    def show(plan: ServePlan) -> None:
+        console = console_for(as_json)
+        for line in plan.reasons:
+            console.print(f"  {safe(line)}")
+        for line in plan.warnings:
+            console.print(f"  [yellow]{safe(line)}[/]")
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)  # a service manager's way to say Ctrl-C
+    started = False
     try:
         with run(
-            place, ctx=ctx, kv=kv, host=host, port=port, api_key_file=api_key_file, parallel=parallel,
+            place, folder=folder, ctx=ctx, kv=kv, host=host, port=port, api_key_file=api_key_file, parallel=parallel,
             vram=None if vram is None else _size(vram), ram=None if ram is None else parse_size(ram), alias=alias,
-            threads=threads, server=server, log=log,
+            threads=threads, server=server, planned=show, log=log,
         ) as service:  # fmt: skip
-            plan = service.plan
+            started, plan = True, service.plan
             if as_json:
-                _print_json({"url": service.url, "model": plan.alias, "key": api_key_file is not None,
+                print_json({"url": service.url, "model": plan.alias, "key": api_key_file is not None,
                              "plan": plan.to_json()})  # fmt: skip
                 sys.stdout.flush()
             else:
-                console = _console(False)
-                for line in plan.reasons:
-                    console.print(f"  {safe(line)}")
-                for line in plan.warnings:
-                    console.print(f"  [yellow]{safe(line)}[/]")
-                console.print(f"[bold]{safe(service.url)}[/]  model {safe(plan.alias)}"
-                              + ("" if api_key_file is None else ", with a key") + "; Ctrl-C ends it")  # fmt: skip
-            try:
-                service.wait()
-            except KeyboardInterrupt:
-                print("stopping", file=sys.stderr, flush=True)
+                key = "" if api_key_file is None else ", with a key"
+                console_for(False).print(f"[bold]{safe(service.url)}[/]  model {safe(plan.alias)}{key}; Ctrl-C ends it")
+            service.wait()
+    except KeyboardInterrupt:
+        print("stopping" if started else "stopped before it served", file=sys.stderr, flush=True)
+        if not started:
+            raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

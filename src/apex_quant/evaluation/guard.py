@@ -3,12 +3,14 @@
 A program of somebody else does not notice that its starter died. This one holds the reading end of a pipe as standard
 input, of which the starter holds the other end: end of file means stop, whatever the starter died of. The program and
 what it started are a process group of their own, so that Ctrl-C in the terminal reaches the starter alone.
+On Linux the program ends with this one too, should this one be killed.
 No import of this package: it must start at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import threading
 
 PATIENCE = 10.0  # seconds to end after SIGTERM
+_PR_SET_PDEATHSIG = 1
 
 
 def stop_group(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
@@ -28,10 +31,18 @@ def stop_group(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> 
             process.wait(timeout=wait)
 
 
+def end_with_parent() -> None:
+    """In a new child: SIGKILL when the thread that started it, here the main one, is gone. Linux alone has it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(command: list[str]) -> int:
     """Run `command`; its exit status, 127 when it cannot be started."""
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent
+        )
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127

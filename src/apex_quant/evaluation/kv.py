@@ -95,8 +95,11 @@ def kv(
     was at. Raises UsageError (turbo types among `types` that no llama-server of this user has), InputError,
     ResourceError (BusyError while another process works on `out`) or NativeError.
     """
+    types, pairs = list(types), list(pairs)
     asked = all_pairs(types, pairs)
     require_offered(asked)
+    if not types and not pairs and not simulate:
+        raise UsageError("no cache types to measure", hint="leave --types away for all of them")
     wanted = [parse_pair(one) for one in ([simulate] if isinstance(simulate, str) else simulate or ())]
     served = [pair for pair in asked if pair.turbo]
     wanted = list(dict.fromkeys([*wanted, *served]))

@@ -14,9 +14,8 @@ from apex_quant.errors import UsageError
 from apex_quant.evaluation.kv_types import Pair, bits_of
 from apex_quant.evaluation.statistics import Interval, mean_interval, paired_difference, quantile, quantile_interval
 from apex_quant.evaluation.turbo import predict
-from apex_quant.evaluation.turbo.codec import BLOCK, TURBO
+from apex_quant.evaluation.turbo.codec import TURBO
 from apex_quant.gguf import GGUFModel
-from apex_quant.model.facts import facts
 from apex_quant.model.kv_cache import KVCache, kv_cache
 
 Arrays = dict[str, NDArray[Any]]
@@ -113,7 +112,7 @@ def _at(one: Measured, row: str) -> dict[str, Any]:
     block = np.repeat(np.arange(chunks), scored)
     made: dict[str, Any] = {
         "ctx": one.ctx,
-        "kld_mean": mean_interval(kld, block).to_json(),
+        "kld_mean": _divergence(kld, block),
         "kld_median": quantile(kld, 0.5).value,
         "kld_p99": quantile(kld, 0.99).value,
         "kld_p99_9": quantile_interval(kld, block, 0.999).to_json(),
@@ -124,7 +123,7 @@ def _at(one: Measured, row: str) -> dict[str, Any]:
     if "kld_full" in arrays:
         full = arrays["kld_full"].astype(np.float64)
         made["full"] = {
-            "kld_mean": mean_interval(full, block).to_json(),
+            "kld_mean": _divergence(full, block),
             "kld_p99_9": quantile_interval(full, block, 0.999).to_json(),
         }
         if "f16-f16" in one.arrays:
@@ -132,6 +131,12 @@ def _at(one: Measured, row: str) -> dict[str, Any]:
             # what the cache adds to the divergence that the weights have
             made["full"]["added"] = paired_difference(full, base, block).interval.to_json()
     return made
+
+
+def _divergence(kld: NDArray[np.float64], block: NDArray[np.int64]) -> dict[str, Any]:
+    """The mean with its interval. No divergence is below zero, whatever rounding and a symmetric interval say."""
+    found = mean_interval(kld, block).to_json()
+    return found | {key: max(found[key], 0.0) for key in ("value", "low", "high") if found[key] is not None}
 
 
 # --- memory ---
@@ -150,22 +155,8 @@ def _memory(model: GGUFModel, pair: Pair, sizes: Sequence[int], notes: list[str]
     return {"bytes_per_token": (grown - at) / _LONG, "mib_at": mib_at}
 
 
-def _bytes(model: GGUFModel, pair: Pair, ctx: int) -> float:
-    if not pair.turbo:
-        return kv_cache(model, ctx=ctx, type_k=pair.k, type_v=pair.v).bytes
-    # of a type that is not in ggml: as many values as f16 has, at the type's bits
-    heads = facts(model).n_head_kv
-    total = 0.0
-    for layer in kv_cache(model, ctx=ctx).layers:
-        if layer.kind == "recurrent":
-            total += layer.bytes
-            continue
-        for name, f16_bytes in zip(pair, (layer.k_bytes, layer.v_bytes), strict=True):
-            width, count = f16_bytes // 2 // layer.cells, heads[layer.layer] or 1
-            if name in TURBO and width % BLOCK:  # each head is filled up: see rounding()
-                width = count * -(-(width // count) // BLOCK) * BLOCK
-            total += layer.cells * width * bits_of(name) / 8
-    return total
+def _bytes(model: GGUFModel, pair: Pair, ctx: int) -> int:
+    return kv_cache(model, ctx=ctx, type_k=pair.k, type_v=pair.v).bytes
 
 
 def _check_memory(model: GGUFModel, pair: Pair, measured: Sequence[Measured], row: str, notes: list[str]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from apex_quant.errors import NativeError, ResourceError, UsageError, did_you_mean
-from apex_quant.evaluation.programs import clean_environment
+from apex_quant.evaluation.programs import said
 from apex_quant.evaluation.server import find_server
 from apex_quant.evaluation.turbo.codec import TURBO
 from apex_quant.gguf import TYPES
@@ -20,7 +19,6 @@ STOCK: Final = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 MIXED: Final = (("q8_0", "q5_1"), ("q8_0", "q4_0"), ("q5_0", "q4_0"))
 """And pairs that spend more on K, whose errors the softmax multiplies."""
 BASE: Final = ("f16", "f16")
-_HELP_SECONDS: Final = 30
 _ALLOWED = re.compile(r"--cache-type-[kv]\b.*?allowed values:\s*((?:\w+\s*,\s*)*\w+)", re.DOTALL)
 _SIZE = re.compile(
     r"size =\s+[\d.]+ MiB \(\s*(\d+) cells,\s*(\d+) layers,\s*\d+/\d+ seqs\), "
@@ -119,12 +117,9 @@ def offered_types() -> tuple[str, ...]:
     if found.kind != "llama-server":
         return ()
     try:
-        ran = subprocess.run(
-            [*found.command, "--help"], capture_output=True, timeout=_HELP_SECONDS, env=clean_environment(), check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return server_types(said([*found.command, "--help"]))
+    except ResourceError:
         return ()
-    return server_types((ran.stdout + b"\n" + ran.stderr).decode("utf-8", "replace"))
 
 
 def require_offered(pairs: Iterable[Pair], offered: Iterable[str] | None = None) -> None:

@@ -65,13 +65,14 @@ class Program:
 
     @property
     def status(self) -> int | None:
-        """Exit status, None while it runs."""
-        return self._guard.poll()
+        """Exit status, None while it runs; 128 and a signal's number for one that was killed, or whose guard was."""
+        return _status(self._guard.poll())
 
     def wait(self) -> int:
         """Its exit status, once it has ended and its output is read."""
-        status = self._guard.wait()
+        status = _status(self._guard.wait())
         self._reader.join(timeout=_EXTRA)
+        assert status is not None
         return status
 
     def stop(self) -> None:
@@ -94,10 +95,27 @@ class Program:
         return "\n".join(self._lines)
 
 
+def _status(code: int | None) -> int | None:
+    return code if code is None or code >= 0 else 128 - code
+
+
 def clean_environment(*, drop: Sequence[str] = (), prefixes: Sequence[str] = (), **more: str) -> dict[str, str]:
     """This process's environment without some variables and with others."""
     kept = {key: value for key, value in os.environ.items() if key not in drop and not key.startswith(tuple(prefixes))}
     return {**kept, **more}
+
+
+def said(command: Sequence[str], *, seconds: float = 30.0) -> str:
+    """What a short command prints on both streams, such as `llama-server --help`; its options in the environment are
+    left out. Raises ResourceError when it does not run or does not end."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False,
+            stdin=subprocess.DEVNULL, env=clean_environment(prefixes=("LLAMA_ARG_",)),
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ResourceError(f"{command[0]}: does not run: {error}") from None
+    return done.stdout + "\n" + done.stderr
 
 
 def executable(path: Path) -> bool:

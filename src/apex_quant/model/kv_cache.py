@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apex_quant.gguf.reader import GGUFModel
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-"""What llama.cpp's tools take for K and V."""
+"""What stock llama.cpp's tools take for K and V; the arithmetic here knows those of kv_rules.FORK_TYPES too."""
 PAD: Final = 256
 """Cells come in multiples of this."""
 _STATE_BYTES: Final = 4  # recurrent states are float32
@@ -110,8 +110,8 @@ def kv_cache(
     memory for all sequences; `swa_full`: windowed layers keep the whole context (the library's own default; its tools
     and `apex serve` do not). Without flash attention V rows of all layers are as long as the longest.
 
-    Raises InputError for metadata that cannot be right, UsageError for types that the library refuses: unknown ones,
-    blocks that do not divide the heads, or a K and a V that differ where one latent row serves as both.
+    Raises InputError for metadata that cannot be right, UsageError for types that nobody has, blocks that do not divide
+    the heads, or a K and a V that differ where one latent row serves as both.
     """
     if ctx < 1 or sequences < 1 or ubatch < 1:
         raise UsageError("context, sequences and batch are at least 1")
@@ -130,11 +130,13 @@ def kv_cache(
         if layers.attends(layer):
             kind: Kind = "sliding" if layers.sliding[layer] else "full"
             held = windowed if kind == "sliding" else cells
-            width = longest_v or layers.v_width(layer)
-            v_bytes = 0 if layers.latent else _rows(width, type_v, held * streams)
-            rows.append(LayerCache(layer, kind, held, _rows(layers.k_width(layer), type_k, held * streams), v_bytes))
+            k_head, v_head = layers.heads(layer)
+            k_bytes = held * streams * _row_bytes(layers.k_width(layer), k_head, type_k)
+            v_bytes = held * streams * _row_bytes(longest_v or layers.v_width(layer), v_head, type_v)
+            rows.append(LayerCache(layer, kind, held, k_bytes, 0 if layers.latent else v_bytes))
         if layers.indexer and layer < found.trunk_layers and layers.indexed[layer]:
-            rows.append(LayerCache(layer, "indexer", cells, _rows(layers.indexer, type_k, cells * streams), 0))
+            k_bytes = cells * streams * _row_bytes(layers.indexer, layers.indexer, type_k)
+            rows.append(LayerCache(layer, "indexer", cells, k_bytes, 0))
         if layer < found.trunk_layers and layers.recurrent[layer]:
             rows.append(LayerCache(layer, "recurrent", 1, *(sequences * part for part in layers.state)))
     return KVCache(tuple(rows), cells, streams, type_k, type_v, layers.note)
@@ -161,11 +163,15 @@ class _Layers:
     def attends(self, layer: int) -> bool:
         return self.cached[layer]
 
+    def heads(self, layer: int) -> tuple[int, int]:
+        """Lengths of a head of K and of V."""
+        return self.head_sliding if self.sliding[layer] else self.head
+
     def k_width(self, layer: int) -> int:
-        return (self.head_sliding if self.sliding[layer] else self.head)[0] * self.heads_kv[layer]
+        return self.heads(layer)[0] * self.heads_kv[layer]
 
     def v_width(self, layer: int) -> int:
-        return (self.head_sliding if self.sliding[layer] else self.head)[1] * self.heads_kv[layer]
+        return self.heads(layer)[1] * self.heads_kv[layer]
 
 
 class _Reader:
@@ -323,7 +329,7 @@ def _state(found: ModelFacts, reader: _Reader) -> tuple[int, int]:
 
 def _check_types(found: ModelFacts, reader: _Reader, layers: _Layers, type_k: str, type_v: str) -> None:
     for name in (type_k, type_v):
-        if name not in CACHE_TYPES:
+        if name not in CACHE_TYPES and name not in rules.FORK_TYPES:
             raise UsageError(
                 f"no cache type is called {name!r}.{did_you_mean(name, list(CACHE_TYPES))}",
                 hint="cache types are " + ", ".join(CACHE_TYPES),
@@ -335,12 +341,10 @@ def _check_types(found: ModelFacts, reader: _Reader, layers: _Layers, type_k: st
             hint=f"{type_k}/{type_k} is possible",
         )
     for side, name in enumerate((type_k, type_v)):
+        if name in rules.FORK_TYPES:  # heads are filled up
+            continue
         block = ggml_type(name).block
-        lengths = {
-            (layers.head_sliding if layers.sliding[i] else layers.head)[side]
-            for i in range(layers.count)
-            if layers.attends(i)
-        }
+        lengths = {layers.heads(i)[side] for i in range(layers.count) if layers.attends(i)}
         if odd := [length for length in sorted(lengths) if length % block]:
             raise UsageError(
                 f"cache type {name} has blocks of {block}, but {'KV'[side]} heads are {odd[0]} long",
@@ -348,8 +352,15 @@ def _check_types(found: ModelFacts, reader: _Reader, layers: _Layers, type_k: st
             )
 
 
-def _rows(width: int, kind: str, count: int) -> int:
-    return ggml_type(kind).row_bytes(width) * count
+def _row_bytes(width: int, head: int, kind: str) -> int:
+    """Of a row of `width` values in heads of `head`. A fork's blocks do not reach over rows: where a row is no
+    multiple of them, each head is filled up."""
+    if kind not in rules.FORK_TYPES:
+        return ggml_type(kind).row_bytes(width)
+    block, size = rules.FORK_TYPES[kind]
+    if head and width % block:
+        width = width // head * -(-head // block) * block
+    return width // block * size
 
 
 def _pad(n: int) -> int:

@@ -132,3 +132,6 @@ UNCOUNTED: Final[dict[str, str]] = {
     "t5": "attention to the encoder's output is not counted",
 }
 """Architectures for which the sum is an estimate, and why."""
+
+FORK_TYPES: Final = {"turbo2": (128, 34), "turbo3": (128, 50), "turbo4": (128, 66)}
+"""Cache types that forks of llama.cpp have and stock llama.cpp has not: values and bytes of a block."""

@@ -7,30 +7,29 @@ not passed, and the caller is told. Keys go through the environment, never throu
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from apex_quant.errors import ResourceError
-from apex_quant.evaluation.programs import clean_environment
+from apex_quant.evaluation.programs import said
 from apex_quant.evaluation.server import Found, find_server
 from apex_quant.gguf.types import TYPES
 from apex_quant.runtime.options import CACHE_TYPES
 
 KEY_VARIABLE: Final = "LLAMA_API_KEY"
 """Of both kinds; several keys are separated by commas, as llama-server does."""
-_HELP_SECONDS: Final = 30.0
 _DEVICE: Final = re.compile(r"^\s+(\w+): (.*?) \((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
-_TYPES: Final = re.compile(r"--cache-type-k.*?allowed values:\s*([\w, \n]+?)(?:\(|\n\s*\n|\n\s*-)", re.DOTALL)
 _FLAG: Final = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+_UNTOLD: Final = ("--fit", "--no-slots", "--cache-ram", "--ctx-checkpoints")  # builds without them do not do it either
 MODULE: Final = "apex_quant.serving.bindings_server"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What to serve and how. `ctx`: tokens of each of `parallel` requests."""
+    """What to serve and how. `ctx`: tokens of each of `parallel` requests; `prompt_cache`: bytes of main memory for
+    earlier prompts, `checkpoints`: of the states of each request; `keyless`: anybody on this machine may ask."""
 
     model: Path
     host: str
@@ -44,6 +43,9 @@ class Launch:
     cpu_moe: int = 0
     threads: int | None = None
     sampling: dict[str, float] = field(default_factory=dict)
+    prompt_cache: int = 0
+    checkpoints: int = 0
+    keyless: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,35 +58,15 @@ class Device:
     free: int
 
 
-def ask(found: Found, word: str) -> str:
-    """What a llama-server says to --help or --list-devices. Raises ResourceError when it does not run."""
-    try:
-        done = subprocess.run(
-            [*found.command, word], capture_output=True, text=True, timeout=_HELP_SECONDS, check=False,
-            stdin=subprocess.DEVNULL, env=clean_environment(prefixes=("LLAMA_ARG_",)), errors="replace",
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ResourceError(f"{found.command[0]}: does not run: {error}") from None
-    return done.stdout + "\n" + done.stderr
-
-
 def flags(help_text: str) -> frozenset[str]:
     """Every option that a --help names."""
     return frozenset(_FLAG.findall(help_text))
 
 
-def cache_types(help_text: str) -> tuple[str, ...]:
-    """Cache types that a llama-server's --help lists; empty when it lists none. Forks list turbo types here."""
-    match = _TYPES.search(help_text)
-    return tuple(word.strip() for word in match[1].replace("\n", " ").split(",") if word.strip()) if match else ()
-
-
 def devices(found: Found) -> tuple[Device, ...]:
     """GPUs of the backend, none where it has none."""
-    if found.kind == "llama-server":
-        text = ask(found, "--list-devices")
-    else:
-        text = ask(Found(found.kind, (sys.executable, "-P", "-m", MODULE)), "--list-devices")
+    command = found.command if found.kind == "llama-server" else (sys.executable, "-P", "-m", MODULE)
+    text = said([*command, "--list-devices"])
     return tuple(
         Device(name, words, int(total) << 20, int(free) << 20) for name, words, total, free in _DEVICE.findall(text)
     )
@@ -113,6 +95,8 @@ def _llama_server(found: Found, launch: Launch, known: frozenset[str] | None) ->
     }  # fmt: skip
     wished: dict[str, Any] = {
         "--threads": launch.threads, "--jinja": "", "--fit": "off", "--no-slots": "",
+        "--cache-ram": launch.prompt_cache >> 20, "--ctx-checkpoints": launch.checkpoints,
+        "--cors-origins": "localhost" if launch.keyless else None,
         **{f"--{name.replace('_', '-')}": f"{value:g}" for name, value in launch.sampling.items()},
     }  # fmt: skip
     lacking = [flag for flag, value in needed.items() if value is not None and known is not None and flag not in known]
@@ -125,7 +109,7 @@ def _llama_server(found: Found, launch: Launch, known: frozenset[str] | None) ->
     for flag, value in {**needed, **wished}.items():
         if value is not None and flag not in skipped:
             words += [flag] if value == "" else [flag, str(value)]
-    return words, [flag for flag in skipped if flag not in ("--fit", "--no-slots")]
+    return words, [flag for flag in skipped if flag not in _UNTOLD]
 
 
 def _bindings(launch: Launch) -> list[str]:
@@ -143,5 +127,4 @@ def _bindings(launch: Launch) -> list[str]:
     return [sys.executable, "-P", "-m", MODULE, *given]
 
 
-__all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "ask", "cache_types", "command", "devices", "find_server",
-           "flags"]  # fmt: skip
+__all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "command", "devices", "find_server", "flags"]

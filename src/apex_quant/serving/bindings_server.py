@@ -1,8 +1,9 @@
 """The bindings' own OpenAI server, started as `python -m apex_quant.serving.bindings_server --model FILE ...`.
 
-Around llama_cpp.server's application: keys from the environment compared in constant time, errors in OpenAI's shape
-whatever goes wrong, a /health that answers while a request computes, bounded request bodies, no other endpoints.
-Sliding windows are kept short as llama-server does.
+Around llama_cpp.server's application: keys from the environment compared in constant time, without one no pages from
+elsewhere, requests made into what the bindings take (`openai_request`), errors in OpenAI's shape whatever goes wrong, a
+/health that answers while a request computes, bounded bodies and grammars, no other endpoints. Sliding windows are kept
+short as llama-server does.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from apex_quant.gguf.types import TYPES
 from apex_quant.native.bindings import bindings
+from apex_quant.serving.grammars import check_grammar
+from apex_quant.serving.openai_answer import calling, counted, usage_event
+from apex_quant.serving.openai_request import ASKED, Asked, BadRequest, Model, rewritten
 
 MAX_BODY: Final = 64 << 20
 _OPEN: Final = ("/health", "/v1/health")
 _SERVED: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 """The bindings' others are not OpenAI's, or need a model of embeddings; detokenizing a wrong number ends them."""
+_THIS_MACHINE: Final = ("localhost", "127.0.0.1", "::1")
+_DONE: Final = b"data: [DONE]"
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "not_found_error",
                  413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
@@ -40,76 +47,93 @@ def error_body(status: int, message: str, kind: str | None = None) -> bytes:
 class Front:
     """ASGI: what comes before the application and what becomes of its errors."""
 
-    def __init__(self, app: App, keys: tuple[str, ...], alias: str) -> None:
-        self._app, self._keys, self._alias = app, tuple(key.encode() for key in keys), alias
+    def __init__(self, app: App, keys: tuple[str, ...], model: Model) -> None:
+        self._app, self._keys, self._model = app, tuple(key.encode() for key in keys), model
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
-        if path in _OPEN:
+        if scope["type"] != "http":
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await _answer(send, refusal[0], error_body(*refusal))
+            return
+        if scope["path"] in _OPEN:
             await _answer(send, 200, b'{"status": "ok"}')
             return
-        if path not in _SERVED:
-            await _answer(send, 404, error_body(404, "no such endpoint; there are " + ", ".join(_SERVED)))
+        if scope["path"] == f"/v1/models/{self._model.alias}" and scope["method"] == "GET":
+            about = {"id": self._model.alias, "object": "model", "created": 0, "owned_by": "me"}
+            await _answer(send, 200, json.dumps(about).encode())
             return
-        if self._keys and not self._allowed(scope):
-            await _answer(send, 401, error_body(401, "this server needs a valid API key"))
-            return
+        ASKED.set(Asked())
         if scope["method"] == "POST":
-            body, problem = await _body(receive, path, self._alias)
-            if problem is not None:
-                await _answer(send, problem[0], error_body(*problem))
+            try:
+                request, asked = rewritten(scope["path"], await _json(receive), self._model)
+            except BadRequest as error:
+                status = 413 if isinstance(error, TooLarge) else 400
+                await _answer(send, status, error_body(status, str(error)))
                 return
-            receive = _replayed(body, receive)
+            ASKED.set(asked)
+            receive = _replayed(json.dumps(request).encode(), receive)
         await _told(self._app, scope, receive, send)
 
-    def _allowed(self, scope: MutableMapping[str, Any]) -> bool:
-        given = b""
-        for name, value in scope["headers"]:
-            if name == b"authorization" and value[:7].lower() == b"bearer ":
-                given = value[7:].strip()
+    def _refusal(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
+        """Status and why, for a request that is not let in."""
+        headers = dict(scope["headers"])
+        if not self._keys and (foreign := _foreign(headers)):
+            return 403, f"a server without a key answers this machine alone, not {foreign[:200]!r}"
+        if scope["path"] in _OPEN:
+            return None
+        if scope["path"] not in (*_SERVED, f"/v1/models/{self._model.alias}"):
+            return 404, "no such endpoint; there are " + ", ".join(_SERVED)
+        if self._keys and not self._allowed(headers):
+            return 401, "this server needs a valid API key"
+        return None
+
+    def _allowed(self, headers: dict[bytes, bytes]) -> bool:
+        value = headers.get(b"authorization", b"")
+        given = value[7:].strip() if value[:7].lower() == b"bearer " else b""
         return sum(hmac.compare_digest(given, key) for key in self._keys) > 0  # all of them, in equal time
 
 
-async def _body(receive: Receive, path: str, alias: str) -> tuple[bytes, tuple[int, str] | None]:
+def _foreign(headers: dict[bytes, bytes]) -> str | None:
+    """The Host or Origin of a request that is not this machine's: of a page from elsewhere, or one whose name was made
+    to stand for this machine. Programs send no Origin."""
+    host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+    for shown, address in ((host, f"//{host}"), (origin, origin)):
+        try:
+            name = urlsplit(address).hostname or ""
+        except ValueError:
+            return shown
+        if shown and name not in _THIS_MACHINE:
+            return shown
+    return None
+
+
+class TooLarge(BadRequest):
+    """A request body over MAX_BODY."""
+
+
+async def _json(receive: Receive) -> Any:
+    """The body of a request. Raises BadRequest."""
     parts, size = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"", (400, "the client went away")
+            raise BadRequest("the client went away")
         part = message.get("body", b"")
         size += len(part)
         if size > MAX_BODY:
-            return b"", (413, f"request bodies are at most {MAX_BODY >> 20} MiB")
+            raise TooLarge(f"request bodies are at most {MAX_BODY >> 20} MiB")
         parts.append(part)
         if not message.get("more_body"):
             break
-    body = b"".join(parts)
     try:
-        found = json.loads(body)
+        return json.loads(b"".join(parts))
     except (ValueError, RecursionError) as error:
-        return b"", (400, f"the request body is not JSON: {error}")
-    if not isinstance(found, dict):
-        return b"", (400, "the request body must be a JSON object")
-    for wrong, words in (
-        (path.endswith("/chat/completions") and not _is_conversation(found.get("messages")),
-         "messages must be a list of objects"),
-        (isinstance(found.get("prompt"), list) and len(found["prompt"]) != 1, "prompt must be one text"),
-    ):  # fmt: skip
-        if wrong:
-            return b"", (400, words)
-    for one in found.get("messages", ()):
-        parts = one.get("content")
-        if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
-            one["content"] = "".join(part["text"] for part in parts)  # templates of text models take no parts
-    # there is one model; without its name the answer would hold its path
-    return json.dumps({**found, "model": alias}).encode(), None
-
-
-def _is_conversation(messages: Any) -> bool:
-    return isinstance(messages, list) and bool(messages) and all(isinstance(one, dict) for one in messages)
+        raise BadRequest(f"the request body is not JSON: {error}") from None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
@@ -129,15 +153,21 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 async def _told(app: App, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
     """Run the application; a failure after a stream has begun becomes its last event, instead of silence."""
     started = False
+    first = b""
     last: Message | None = None  # the end of a stream is kept back until it is known that it was its proper end
 
     async def noted(message: Message) -> None:
-        nonlocal started, last
+        nonlocal started, first, last
         if message["type"] == "http.response.start":
             started = True
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            last = message
-            return
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            first = first or body
+            if ASKED.get().usage and body.startswith(_DONE):
+                await send({**message, "body": usage_event(first), "more_body": True})
+            if not message.get("more_body", False):
+                last = message
+                return
         await send(message)
 
     try:
@@ -199,6 +229,7 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     """The bindings' application with a loaded model, behind Front."""
     lib = bindings()
+    from llama_cpp.llama_chat_format import get_chat_completion_handler
     from llama_cpp.server import app as module
     from llama_cpp.server.errors import RouteErrorHandler
     from llama_cpp.server.settings import ModelSettings, ServerSettings
@@ -239,15 +270,28 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     )  # fmt: skip
     server = ServerSettings(host=words.host, port=words.port, api_key=None, interrupt_requests=False)
     made = module.create_app(server_settings=server, model_settings=[settings])
-    return Front(made, keys, words.alias or "model")
+    # it lets pages from everywhere read answers; added by name, so that nothing else goes with it
+    made.user_middleware = [one for one in made.user_middleware if one.cls.__name__ != "CORSMiddleware"]
+    alias = words.alias or "model"
+    assert module._llama_proxy is not None
+    llama = module._llama_proxy(alias)
+    vocabulary = llama._model.vocab
+    llama.generate = counted(llama, lambda token: bool(lib.llama_vocab_is_eog(vocabulary, token)))
+    # as create_chat_completion() chooses it
+    chat = llama.chat_handler or llama._chat_handlers.get(llama.chat_format)
+    llama.chat_handler = calling(chat or get_chat_completion_handler(llama.chat_format))
+    template = str(llama.metadata.get("tokenizer.chat_template", ""))
+    return Front(made, keys, Model(alias, llama.n_vocab(), template))
 
 
 def _refuse_bad_grammars(lib: Any) -> None:
-    """The library answers a grammar that it cannot read with a null pointer, on which the bindings then crash."""
+    """The library answers a grammar that it cannot read with a null pointer, on which the bindings then crash, and
+    crashes itself on some. Whatever way a grammar takes, this is its last door."""
     made = lib.llama_sampler_init_grammar
 
-    def checked(*arguments: Any) -> Any:
-        sampler = made(*arguments)
+    def checked(vocabulary: Any, grammar: bytes, *more: Any) -> Any:
+        check_grammar(grammar.decode("utf-8", "replace"))
+        sampler = made(vocabulary, grammar, *more)
         if not sampler:
             raise ValueError("the grammar (of the request, or of its JSON schema) cannot be read")
         return sampler

@@ -2,26 +2,30 @@
 
     fit("models/", vram="16GB", ram="32GB", ctx=32768)
 
-Weights and cache are exact; compute buffers are what the installed library says for this processor, or an estimate
-where it cannot be asked; `reserve` is kept free for what nobody can know from here.
+Weights and cache are exact; compute buffers are what the installed library says for this processor, for each model
+and pair of types, or an estimate where it cannot be asked; `reserve` is kept free for what nobody can know from here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_quant.errors import ApexError, InputError, UsageError
+from apex_quant.evaluation.kv_types import Pair, require_offered, stock_pair
 from apex_quant.gguf import open_model
 from apex_quant.gguf.reader import SHARD_NAME, GGUFModel
 from apex_quant.model.facts import NOT_MODELS, ModelFacts, facts
-from apex_quant.model.kv_cache import PAD, KVCache, kv_cache
+from apex_quant.model.kv_cache import PAD, KVCache, LayerCache, kv_cache
 from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.serving.memory import MIB, MemoryQuestion, library_memory
 from apex_quant.serving.offload import Placement, Use, Weights, placements, use, weights
+
+if TYPE_CHECKING:
+    from apex_quant.serving.joint import Joint, Measured
 
 PAIRS: Final = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
 """Tried in this order: those for which every build of llama.cpp has fast attention."""
@@ -33,33 +37,39 @@ FORMULA_ERROR: Final = 0.45
 """Of the estimate of compute buffers: within this share of the library's figure for six architectures at real sizes."""
 DEVICE_ERROR: Final = 0.3
 """An allowance, not measured: compute buffers of a device against those of the processor; `reserve` covers it."""
-MIN_CTX: Final = 512
+MAX_SEQUENCES: Final = 256
+"""LLAMA_MAX_SEQ: more at a time than this no context takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute buffers in bytes, linear in the context between two measured points."""
+    """Compute buffers: (context, bytes) in the order of the contexts, the one that was asked for among them. `error`:
+    as a share of the value, there."""
 
-    low_ctx: int
-    low: int
-    high_ctx: int
-    high: int
+    points: tuple[tuple[int, int], ...]
     source: str
     error: float
-    """As a share of the value."""
 
     def at(self, ctx: int) -> int:
-        """The larger end outside the two points on that side, never less than the smaller one."""
-        if self.high_ctx == self.low_ctx or ctx <= self.low_ctx:
-            return self.low if ctx <= self.low_ctx else self.high
-        slope = (self.high - self.low) / (self.high_ctx - self.low_ctx)
-        return max(min(self.low, self.high), round(self.low + max(slope, 0.0) * (ctx - self.low_ctx)))
+        """Bytes at a context: those of a point, a line between two of them, the last point's share of more tokens
+        beyond it, and the first point's below."""
+        before, (last, most) = self.points[0], self.points[-1]
+        if ctx > last:
+            return -(-most * ctx // last)
+        for after in self.points:
+            if ctx <= after[0]:
+                if after[0] == before[0]:
+                    return after[1]
+                return round(before[1] + (after[1] - before[1]) * max(ctx - before[0], 0) / (after[0] - before[0]))
+            before = after
+        raise AssertionError("no point is at or beyond the last")
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """One file with one pair of cache types. `ctx_left`: the longest context of this placement, tokens for each of
-    the sequences; 0 where not even the smallest fits. `missing`: bytes by which it does not fit."""
+    the sequences, up to what the model was trained on or what was asked for; 0 where not even the smallest fits.
+    `missing`: bytes by which it does not fit. `cache`: of each layer, at the context that was asked for."""
 
     path: Path
     k: str
@@ -73,6 +83,8 @@ class Option:
     """The longest context with everything on the device."""
     missing: int
     layers: int
+    compute: Compute
+    cache: tuple[LayerCache, ...]
     note: str | None = None
 
     @property
@@ -91,6 +103,8 @@ class Option:
             "placement": {**self.placement.to_json(), "words": self.placement.words(self.layers)},
             "device": self.device.to_json(), "host": self.host.to_json(), "ctx_left": self.ctx_left,
             "ctx_device": self.ctx_device, "missing": self.missing, "note": self.note,
+            "compute": {"error": self.compute.error, "source": self.compute.source},
+            "kv_layers": [asdict(layer) for layer in self.cache],
         }  # fmt: skip
 
 
@@ -106,9 +120,13 @@ class Fit:
     options: tuple[Option, ...]
     choice: Option | None
     reason: str
-    compute: Compute
     warnings: tuple[str, ...] = ()
-    joint: Any = field(default=None)
+    joint: Joint | None = None
+
+    @property
+    def compute(self) -> Compute:
+        """Of the choice, or of the first possibility where nothing fits."""
+        return (self.choice or self.options[0]).compute
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -132,69 +150,90 @@ def fit(
     pairs: Sequence[tuple[str, str]] | None = None,
     ubatch: int = 512,
     reserve: int | None = None,
-    joint: str | os.PathLike[str] | None = None,
+    joint: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     results: Sequence[str | os.PathLike[str]] = (),
     offload_experts: bool = True,
+    offered: Sequence[str] | None = None,
 ) -> Fit:
     """Every file in `places` (files, or folders of them) with every pair of cache types, placed so that it fits.
 
     `vram`, `ram`: bytes of the device and of main memory (0 and None: no device; main memory not checked); `ctx`:
     tokens for each of `parallel` sequences; `reserve`: bytes of the device to leave free (default 1 GiB). `type_k` and
-    `type_v` fix one pair. `joint` is a kv.json of `apex kv`, `results` those of `apex eval`: with both, `joint` of the
-    answer says whether more memory is better spent on weights or on the cache. Without `offload_experts` only whole
-    layers leave the device (for servers that cannot place experts). Raises InputError for files that are no
-    models, UsageError for types that the library refuses for all of them.
+    `type_v` fix one pair. `joint`: kv.json of `apex kv`, one or one for each file; `results`: those of `apex eval`.
+    With both the choice is the smallest sum of measured damages, and `joint` of the answer says whether more memory is
+    better spent on weights or on the cache. Without `offload_experts` only whole layers leave the device (for servers
+    that cannot place experts). `offered`: cache types of the server that is meant, by default those of this user's.
+
+    Raises InputError for files that are no models, UsageError for types that the library refuses for all of them and
+    for turbo types that the server has not.
     """
     if vram < 0 or (ram is not None and ram < 0):
         raise UsageError("memory is not negative")
-    kept = (RESERVE if vram else 0) if reserve is None else reserve
-    files = find_models([places] if isinstance(places, str | os.PathLike) else places)
-    if joint is not None and pairs is None:
-        from apex_quant.serving.joint import read_pairs
-
-        pairs = list(read_pairs(joint))
-    wanted = list(pairs or PAIRS)
-    if type_k or type_v:
-        wanted = [(type_k or type_v or "f16", type_v or type_k or "f16")]
+    if not 1 <= parallel <= MAX_SEQUENCES or ctx < 1 or ubatch < 1:
+        raise UsageError(
+            f"{parallel} sequences of {ctx} tokens, {ubatch} together: at least 1, {MAX_SEQUENCES} sequences"
+        )
     warnings: list[str] = []
+    kept = (RESERVE if vram else 0) if reserve is None else reserve
+    device = vram
+    if vram and kept >= vram:
+        warnings.append(
+            f"the device has {vram / MIB:,.0f} MiB and {kept / MIB:,.0f} MiB are to stay free, so it is not used: "
+            "--reserve keeps less"
+        )
+        device = 0
+    files = find_models([places] if isinstance(places, str | os.PathLike) else places)
+    damages = None
+    if joint is not None:
+        from apex_quant.serving.joint import read_damages
+
+        damages = read_damages([joint] if isinstance(joint, str | os.PathLike) else joint, results, files)
+        pairs = pairs or damages.pairs
+    wanted = [Pair(*pair) for pair in pairs or PAIRS]
+    if type_k or type_v:
+        wanted = [Pair(type_k or type_v or "f16", type_v or type_k or "f16")]
+    require_offered(wanted, offered)
     options: list[Option] = []
-    compute: Compute | None = None
+    asked: dict[_Shape, dict[Pair, Compute]] = {}
+    languages = 0
     for path in files:
         with open_model(path) as model:
             known = facts(model)
             if not known.block_count:
                 warnings.append(f"{path.name}: holds no language model")
                 continue
-            if compute is None:
-                compute = compute_buffers(
-                    model, known, ctx=ctx, parallel=parallel, ubatch=ubatch, pair=wanted[0], device=vram > 0
-                )
-            question = _Question(vram, ram, ctx, parallel, ubatch, kept, offload_experts)
-            where = weights(model)
-            refused: UsageError | None = None
-            for k, v in wanted:
+            languages += 1
+            possible, refused = [], None
+            for pair in wanted:
                 try:
-                    options.append(_option(model, known, where, k, v, compute, question))
+                    kv_cache(model, ctx=ctx, type_k=pair.k, type_v=pair.v, sequences=parallel, ubatch=ubatch)
+                    possible.append(pair)
                 except UsageError as error:
                     refused = error
-                    warnings.append(f"{path.name}: {k}/{v}: {error.message}")
-            if refused is not None and not any(one.path == path for one in options):
+                    warnings.append(f"{path.name}: {pair.name}: {error.message}")
+            if refused is not None and not possible:
                 raise refused
+            shape = _shape(model)
+            if shape not in asked:
+                asked[shape] = compute_buffers(
+                    model, known, ctx=ctx, parallel=parallel, ubatch=ubatch, pairs=possible, device=device > 0
+                )
+            question = _Question(device, ram, ctx, parallel, ubatch, kept, offload_experts)
+            where = weights(model)
+            options += [_option(model, known, where, pair, asked[shape][pair], question) for pair in possible]
             if known.context_length and ctx > known.context_length:
                 warnings.append(f"{path.name}: was trained on {known.context_length} tokens at once, not {ctx}")
-    if compute is None:
+    if not languages:
         raise InputError("no language model among the files given")
     if ram is None and any(not one.all_on_device for one in options):
         warnings.append("main memory was not given, so it is not checked")
-    choice, reason = _choose(options, vram > 0)
-    found = Fit(vram, ram, ctx, parallel, kept, tuple(options), choice, reason, compute, tuple(dict.fromkeys(warnings)))
-    if joint is not None:
-        from dataclasses import replace
-
+    choice, reason = _choose(options, None if damages is None else damages.sum)
+    answer = None
+    if damages is not None:
         from apex_quant.serving.joint import weigh
 
-        found = replace(found, joint=weigh(found, joint, results))
-    return found
+        answer = weigh(options, choice, damages)
+    return Fit(vram, ram, ctx, parallel, kept, tuple(options), choice, reason, tuple(dict.fromkeys(warnings)), answer)
 
 
 def find_models(places: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -246,13 +285,15 @@ class _Question:
 
 
 def _option(
-    model: GGUFModel, known: ModelFacts, where: Weights, k: str, v: str, compute: Compute, asked: _Question
+    model: GGUFModel, known: ModelFacts, where: Weights, pair: Pair, compute: Compute, asked: _Question
 ) -> Option:
     caches: dict[int, KVCache] = {}
 
     def cache(ctx: int) -> KVCache:
         if ctx not in caches:
-            caches[ctx] = kv_cache(model, ctx=ctx, type_k=k, type_v=v, sequences=asked.parallel, ubatch=asked.ubatch)
+            caches[ctx] = kv_cache(
+                model, ctx=ctx, type_k=pair.k, type_v=pair.v, sequences=asked.parallel, ubatch=asked.ubatch
+            )
         return caches[ctx]
 
     host_compute = 4 * known.n_embd * asked.ubatch  # the embedded tokens, float32
@@ -268,7 +309,7 @@ def _option(
     )
     place = every[best[1]]
     device, host = at(place, asked.ctx)
-    most = known.context_length or 1 << 20
+    most = max(known.context_length or 1 << 20, asked.ctx + PAD - 1)
 
     def longest(place: Placement) -> int:
         low, high = 0, most // PAD
@@ -278,15 +319,15 @@ def _option(
         return low * PAD
 
     return Option(
-        path=model.path, k=k, v=v, fits=best[0] == 0, placement=place, device=device, host=host,
+        path=model.path, k=pair.k, v=pair.v, fits=best[0] == 0, placement=place, device=device, host=host,
         ctx_left=longest(place), ctx_device=longest(every[0]) if asked.vram else 0, missing=best[0], layers=layers,
-        note=cache(asked.ctx).note,
+        compute=compute, cache=cache(asked.ctx).layers, note=cache(asked.ctx).note,
     )  # fmt: skip
 
 
-def _choose(options: Sequence[Option], device: bool) -> tuple[Option | None, str]:
-    """The largest file that is wholly on the device with a cache type that needs no measurement; else the one that
-    leaves the fewest bytes in main memory; without a device the largest that fits."""
+def _choose(options: Sequence[Option], damage: Callable[[Option], Measured | None] | None) -> tuple[Option | None, str]:
+    """Where damages are measured the smallest sum, else the largest file with a cache type that needs no measurement;
+    of those wholly on the device, where some are, else of those that leave the fewest bytes in main memory."""
     fitting = [one for one in options if one.fits]
     if not fitting:
         if not options:
@@ -296,6 +337,20 @@ def _choose(options: Sequence[Option], device: bool) -> tuple[Option | None, str
             f"nothing fits: {nearest.name} with {nearest.k}/{nearest.v} lacks {nearest.missing / 2**20:,.0f} MiB; "
             "a smaller tier, less context or more main memory would help"
         )
+    on_device = [one for one in fitting if one.all_on_device]
+    where = "wholly on the device"
+    if not on_device:
+        where = "in main memory"
+        if any(one.placement.gpu_layers for one in fitting):
+            where = "partly on the device, since nothing fits wholly"
+    known = [(found, one) for one in on_device or fitting if damage is not None and (found := damage(one)) is not None]
+    if known:
+        least, best = min(known, key=lambda pair: pair[0].value)
+        return best, (
+            f"the smallest sum of measured damages of what is {where}: {least.value:.3g} nats per token "
+            f"({least.low:.3g} to {least.high:.3g}), weights and {best.k}/{best.v} together"
+        )
+    safe = [one for one in fitting if (one.k, one.v) in SAFE_PAIRS] or fitting
 
     def rank(one: Option) -> tuple[int, int]:
         pair = (one.k, one.v)
@@ -303,42 +358,61 @@ def _choose(options: Sequence[Option], device: bool) -> tuple[Option | None, str
             SAFE_PAIRS.index(pair) if pair in SAFE_PAIRS else len(SAFE_PAIRS)
         )
 
-    safe = [one for one in fitting if (one.k, one.v) in SAFE_PAIRS] or fitting
-    if not device:
-        best = max(safe, key=rank)
-        return best, f"the largest file that fits into main memory; {best.k}/{best.v} is the best cache that fits"
-    on_device = [one for one in safe if one.all_on_device]
-    if on_device:
-        best = max(on_device, key=rank)
+    if safe_on_device := [one for one in safe if one.all_on_device]:
+        best = max(safe_on_device, key=rank)
         return best, (
             f"the largest file that is wholly on the device; {best.k}/{best.v} is the best of the cache types that fit"
         )
+    if not any(one.placement.gpu_layers for one in safe):
+        best = max(safe, key=rank)
+        return best, f"the largest file that fits into main memory; {best.k}/{best.v} is the best cache that fits"
     best = min(safe, key=lambda one: (one.host.weights, -rank(one)[1]))
-    where = best.placement.words(best.layers)
-    return best, f"nothing fits wholly on the device; this leaves the fewest bytes in main memory ({where})"
+    placed = best.placement.words(best.layers)
+    return best, f"nothing fits wholly on the device; this leaves the fewest bytes in main memory ({placed})"
+
+
+_Shape = tuple[str, frozenset[tuple[str, tuple[int, ...]]], int]
+
+
+def _shape(model: GGUFModel) -> _Shape:
+    """What compute buffers depend on: tiers of one model have the same."""
+    return (
+        model.architecture, frozenset((name, tuple(info.shape)) for name, info in model.tensors.items()),
+        facts(model).context_length or 0,
+    )  # fmt: skip
 
 
 def compute_buffers(
-    model: GGUFModel, known: ModelFacts, *, ctx: int, parallel: int, ubatch: int, pair: tuple[str, str], device: bool
-) -> Compute:
-    """Compute and output buffers at two contexts: the library's own figures, else a formula with its error."""
-    low = min(4096, ctx)
-    high = max(ctx, min(known.context_length or ctx, 131072))
+    model: GGUFModel, known: ModelFacts, *, ctx: int, parallel: int, ubatch: int, pairs: Sequence[Pair], device: bool
+) -> dict[Pair, Compute]:
+    """Compute and output buffers of each pair at `ctx`, and at two contexts around it to look for the longest: the
+    library's own figures, else a formula with its error."""
+    contexts = sorted({min(4096, ctx), ctx, max(ctx, min(known.context_length or ctx, 131072))})
+    # the library here has no turbo types; the cache is not in these buffers, and what is made of it for attention is
+    named = {pair: stock_pair(pair) if pair.turbo else pair for pair in pairs}
+    asked = list(dict.fromkeys(named.values()))
     try:
-        small, large = library_memory(
+        told = library_memory(
             model.files[0].path,
-            [MemoryQuestion(at, *pair, sequences=parallel, ubatch=min(ubatch, at * parallel)) for at in (low, high)],
+            [
+                MemoryQuestion(at, *pair, sequences=parallel, ubatch=min(ubatch, at * parallel))
+                for pair in asked
+                for at in contexts
+            ],
         )
     except ApexError as error:
-        return Compute(
-            low, _formula(model, known, ubatch, low), high, _formula(model, known, ubatch, high),
-            f"estimated, the library was not asked: {error.message}", FORMULA_ERROR,
-        )  # fmt: skip
-    return Compute(
-        low, small.compute_bytes, high, large.compute_bytes,
-        "the library's figure for this processor" + ("; another device's may differ" if device else ""),
-        DEVICE_ERROR if device else 0.0,
-    )  # fmt: skip
+        points = tuple((at, _formula(model, known, ubatch, at)) for at in contexts)
+        guess = Compute(points, f"estimated, the library was not asked: {error.message}", FORMULA_ERROR)
+        return dict.fromkeys(pairs, guess)
+    sizes = iter(one.compute_bytes for one in told)
+    found = {pair: tuple((at, next(sizes)) for at in contexts) for pair in asked}
+    source = "the library's figure for this processor" + ("; another device's may differ" if device else "")
+    return {
+        pair: Compute(
+            found[other], source + (f", for {other.name}" if other != pair else ""), DEVICE_ERROR if device else 0.0
+        )
+        for pair, other in named.items()
+    }
 
 
 def _formula(model: GGUFModel, known: ModelFacts, ubatch: int, ctx: int) -> int:

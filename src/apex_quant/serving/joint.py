@@ -7,7 +7,6 @@ two add up is an assumption, stated in the answer and testable by `apex eval --t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from apex_quant.errors import ApexError, InputError, UsageError
+from apex_quant.evaluation.identity import identity
+from apex_quant.gguf import open_model
+from apex_quant.serving.fit import shown_name
 
 if TYPE_CHECKING:
     from apex_quant.evaluation.results import Results
-    from apex_quant.serving.fit import Fit, Option
+    from apex_quant.serving.fit import Option
 
 GIB: Final = 1 << 30
-_MAX_BYTES: Final = 64 << 20
 Verdict = Literal["weights", "kv", "neither_shown", "nothing_left"]
 
 
@@ -65,12 +66,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """A file and a pair, with the sum of their damages. `shown_worse`: its whole interval is above the best one's."""
+    """A file and a pair, with the sum of their damages. `on_device`: wholly; `shown_worse`: its whole interval is above
+    the best one's."""
 
     name: str
     k: str
     v: str
     bytes: int
+    on_device: bool
     kld: Measured
     shown_worse: bool
 
@@ -98,25 +101,36 @@ class Joint:
         }  # fmt: skip
 
 
-def read_pairs(path: str | os.PathLike[str]) -> dict[tuple[str, str], Measured]:
-    """(K, V) -> mean KLD from a kv.json of `apex kv`, of the pairs that have an interval. f16/f16 is zero where it has
-    none: it is what the others are compared with. Raises InputError."""
-    measured = {pair: kld for pair, kld in _rows(Path(path)).items() if kld is not None}
-    return {("f16", "f16"): Measured(0.0, 0.0, 0.0)} | measured
+@dataclass(frozen=True)
+class CacheDamage:
+    """What a kv.json says: the file it was measured on, mean KLDs by (K, V), and pairs of which too little was
+    measured for an interval."""
+
+    name: str
+    sha256: str
+    bytes: int
+    pairs: dict[tuple[str, str], Measured]
+    without: tuple[tuple[str, str], ...]
 
 
-def _rows(path: Path) -> dict[tuple[str, str], Measured | None]:
-    """Every pair of the file, with None for those of which too little was measured for an interval."""
+def read_cache_damage(path: str | os.PathLike[str]) -> CacheDamage:
+    """Of a kv.json of `apex kv`. f16/f16 is zero where it has no interval: it is what the others are compared with.
+    Raises InputError."""
+    from apex_quant.evaluation.kv import load_kv
+
+    document = load_kv(Path(path)).document
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path}: too large for a kv.json")
-        document = json.loads(path.read_text(encoding="utf-8"))
-        rows = document["pairs"]
-        return {(str(row["k"]), str(row["v"])): _measured(row["kld_mean"]) for row in rows}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", hint="`apex kv MODEL -o kv.json` makes it") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        about = document["model"]
+        name, digest, size = str(about["path"]), str(about["sha256"]), int(about["bytes"])
+        rows = {(str(row["k"]), str(row["v"])): _measured(row["kld_mean"]) for row in document["pairs"]}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a kv.json of `apex kv`: {type(error).__name__} {error}") from None
+    base = ("f16", "f16")
+    return CacheDamage(
+        name, digest, size,
+        {base: Measured(0.0, 0.0, 0.0)} | {pair: kld for pair, kld in rows.items() if kld is not None},
+        tuple(pair for pair, kld in rows.items() if kld is None and pair != base),
+    )  # fmt: skip
 
 
 def _measured(row: Any) -> Measured | None:
@@ -128,45 +142,96 @@ def _measured(row: Any) -> Measured | None:
     return Measured(value, low, high)
 
 
-def weigh(fit: Fit, kv: str | os.PathLike[str], places: Sequence[str | os.PathLike[str]]) -> Joint:
-    """Weigh the steps up from the choice of `fit` (or from its smallest file with the smallest cache where nothing
-    fits). `places`: results of `apex eval` for the files, by name. Raises UsageError without results, InputError."""
+@dataclass(frozen=True)
+class Damages:
+    """What was measured of some files: `weights` by path, `caches` by path."""
+
+    weights: dict[Path, tuple[Results, Measured]]
+    caches: dict[Path, CacheDamage]
+    warnings: tuple[str, ...]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every pair that was measured on one of the files."""
+        return list(dict.fromkeys(pair for cache in self.caches.values() for pair in cache.pairs))
+
+    def cache(self, option: Option) -> Measured | None:
+        """Of an option's pair of types."""
+        return self.caches[option.path].pairs.get((option.k, option.v))
+
+    def sum(self, option: Option) -> Measured | None:
+        """Of the weights and the cache, taken as independent; None where either was not measured."""
+        weight, cache = self.weights.get(option.path), self.cache(option)
+        if weight is None or cache is None:
+            return None
+        half = math.hypot(weight[1].half, cache.half)
+        value = weight[1].value + cache.value
+        return Measured(value, value - half, value + half)
+
+
+def read_damages(
+    kv: Sequence[str | os.PathLike[str]], places: Sequence[str | os.PathLike[str]], files: Sequence[Path]
+) -> Damages:
+    """`kv`: kv.json files; `places`: results of `apex eval` for the files, by name. A file has the cache damage that
+    was measured on it, known by its sha256, else that of the first kv.json, with a warning. Raises UsageError without
+    results, InputError."""
     from apex_quant.evaluation.results import find
 
     if not places:
         raise UsageError("weights can only be weighed with results of apex eval", hint="--results FOLDER")
-    pairs = read_pairs(kv)
-    results, _ = find([Path(place) for place in places])
-    by_file = {Path(one.model.path).name: one for one in results}
+    known = [read_cache_damage(path) for path in kv]
+    if not known:
+        raise UsageError("no kv.json of apex kv")
     warnings = [
         f"{k}/{v}: too little was measured for an interval (more --chunks of apex kv)"
-        for (k, v), kld in _rows(Path(kv)).items()
-        if kld is None and (k, v) != ("f16", "f16")
+        for cache in known
+        for k, v in cache.without
     ]
-    files: dict[str, tuple[Results, Measured]] = {}
-    for option in fit.options:
-        result = by_file.get(option.path.name)
+    caches = {path: _cache_of(path, known, warnings) for path in files}
+    results, _ = find([Path(place) for place in places])
+    by_name = {Path(one.model.path).name: one for one in results}
+    weights = {}
+    for path in files:
+        result = by_name.get(path.name)
         kld = None if result is None else _kld(result)
         if result is None or kld is None:
-            warnings.append(f"{option.name}: no mean KLD with an interval among the results")
+            warnings.append(f"{shown_name(path)}: no mean KLD with an interval among the results")
         else:
-            files[option.name] = result, kld
-    options = [one for one in fit.options if one.name in files and (one.k, one.v) in pairs]
-    if not options:
+            weights[path] = result, kld
+    return Damages(weights, caches, tuple(dict.fromkeys(warnings)))
+
+
+def _cache_of(path: Path, known: Sequence[CacheDamage], warnings: list[str]) -> CacheDamage:
+    """Which was measured on this file. Files of another size are others; only equal ones are read."""
+    with open_model(path) as model:
+        size = sum(file.path.stat().st_size for file in model.files)
+        alike = [one for one in known if one.bytes == size]
+        digest = identity(model).sha256 if alike else ""
+    for one in alike:
+        if one.sha256 == digest:
+            return one
+    warnings.append(f"{shown_name(path)}: its cache types were not measured; those of {known[0].name} are taken for it")
+    return known[0]
+
+
+def weigh(options: Sequence[Option], choice: Option | None, damages: Damages) -> Joint:
+    """Weigh the steps up from the choice (or from the smallest file with the smallest cache where nothing fits).
+    Raises InputError where nothing was measured of these files."""
+    measured = [one for one in options if damages.sum(one) is not None]
+    if not measured:
         raise InputError(
-            "none of these files has both results and measured cache types: " + "; ".join(warnings[:3]),
+            "none of these files has both results and measured cache types: " + "; ".join(damages.warnings[:3]),
             hint="an interval takes enough chunks: more --chunks of apex eval and apex kv",
         )
-    fitting = _combinations([one for one in options if one.fits], files, pairs)
-    start = fit.choice if fit.choice in options else None
+    start = choice if choice in measured else None
     if start is None:
-        start = min(options, key=_total)
-    steps = [*_weights_steps(start, options, files), *_kv_steps(start, options, pairs)]
+        start = min(measured, key=_total)
+    steps = [*_weights_steps(start, measured, damages), *_kv_steps(start, measured, damages)]
     verdict, sentence = _verdict(start, steps)
+    fitting = _combinations([one for one in measured if one.fits], damages)
     return Joint(
-        f"{start.name} with {start.k}/{start.v}", tuple(steps), verdict, sentence, tuple(fitting),
-        tuple(dict.fromkeys(warnings)),
-    )  # fmt: skip
+        f"{start.name} with {start.k}/{start.v}", tuple(steps), verdict, sentence, tuple(fitting), damages.warnings
+    )
 
 
 def _kld(result: Results) -> Measured | None:
@@ -186,31 +251,26 @@ def _memory(option: Option) -> int:
     return sum(side.weights + side.kv + side.recurrent for side in (option.device, option.host))
 
 
-def _combinations(
-    options: Sequence[Option], files: dict[str, tuple[Results, Measured]], pairs: dict[tuple[str, str], Measured]
-) -> list[Combination]:
-    rows = []
-    for one in options:
-        weight, cache = files[one.name][1], pairs[one.k, one.v]
-        half = math.hypot(weight.half, cache.half)
-        value = weight.value + cache.value
-        rows.append((one, Measured(value, value - half, value + half)))
+def _combinations(options: Sequence[Option], damages: Damages) -> list[Combination]:
+    rows = [(one, damage) for one in options if (damage := damages.sum(one)) is not None]
     rows.sort(key=lambda row: row[1].value)
     best = rows[0][1] if rows else None
     return [
-        Combination(one.name, one.k, one.v, _memory(one), kld, best is not None and kld.low > best.high)
+        Combination(
+            one.name, one.k, one.v, _memory(one), one.all_on_device, kld, best is not None and kld.low > best.high
+        )
         for one, kld in rows
     ]
 
 
-def _weights_steps(start: Option, options: Sequence[Option], files: dict[str, tuple[Results, Measured]]) -> list[Step]:
+def _weights_steps(start: Option, options: Sequence[Option], damages: Damages) -> list[Step]:
     """To each larger file with the same cache types."""
     found = []
     for other in options:
         more = _weight_bytes(other) - _weight_bytes(start)
         if (other.k, other.v) != (start.k, start.v) or more <= 0:
             continue
-        gain, low, high, paired = _difference(files[start.name], files[other.name])
+        gain, low, high, paired = _difference(damages.weights[start.path], damages.weights[other.path])
         found.append(Step("weights", other.name, more, gain, low, high, paired))
     return found
 
@@ -233,15 +293,14 @@ def _difference(a: tuple[Results, Measured], b: tuple[Results, Measured]) -> tup
     return gain, gain - half, gain + half, False
 
 
-def _kv_steps(start: Option, options: Sequence[Option], pairs: dict[tuple[str, str], Measured]) -> list[Step]:
+def _kv_steps(start: Option, options: Sequence[Option], damages: Damages) -> list[Step]:
     """To each larger cache of the same file."""
     found = []
-    here = pairs[start.k, start.v]
+    here = damages.cache(start)
     for other in options:
-        more = _memory(other) - _memory(start)
-        if other.name != start.name or more <= 0:
+        more, there = _memory(other) - _memory(start), damages.cache(other)
+        if other.path != start.path or more <= 0 or here is None or there is None:
             continue
-        there = pairs[other.k, other.v]
         gain, half = here.value - there.value, math.hypot(here.half, there.half)
         found.append(Step("kv", f"{other.k}/{other.v}", more, gain, gain - half, gain + half, False))
     return found

@@ -17,14 +17,16 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from apex_quant.doctor import main_memory
-from apex_quant.errors import ResourceError, UsageError
-from apex_quant.evaluation.programs import Log, Program, clean_environment
+from apex_quant.errors import InputError, ResourceError, UsageError
+from apex_quant.evaluation.kv_types import Pair, parse_pair, require_offered, server_types
+from apex_quant.evaluation.programs import Log, Program, clean_environment, said
 from apex_quant.evaluation.server import Found, find_server
 from apex_quant.gguf import open_model
 from apex_quant.model.facts import facts
+from apex_quant.recipe.tiers import find_tier, tier_names
 from apex_quant.serving import backend
 from apex_quant.serving.access import bindable, is_loopback, reachable, read_keys
-from apex_quant.serving.fit import SAFE_PAIRS, Fit, Option, find_models, fit, shown_name
+from apex_quant.serving.fit import MIB, SAFE_PAIRS, Fit, Option, find_models, fit, shown_name
 
 AUTO_CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048, 1024)
 """Tried from the longest; more than the first must be asked for."""
@@ -32,11 +34,14 @@ START_SECONDS: Final = 900.0
 POLL_SECONDS: Final = 0.2
 """Between two looks at the backend; its end is known after that."""
 _HOST_SHARE: Final = 0.9  # of the memory that is available now
+_MOST_CACHED: Final = 8192 * MIB  # of earlier prompts; llama-server's own default
+_MOST_CHECKPOINTS: Final = 8
 
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What will be served and why. `ctx`: tokens of each of `parallel` requests at a time."""
+    """What will be served and why. `ctx`: tokens of each of `parallel` requests at a time; `prompt_cache` bytes of main
+    memory for earlier prompts and `checkpoints` of each request's states, which llama-server keeps beside the model."""
 
     model: Path
     alias: str
@@ -47,6 +52,8 @@ class ServePlan:
     type_v: str
     gpu_layers: int
     cpu_moe: int
+    prompt_cache: int
+    checkpoints: int
     sampling: dict[str, float]
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -59,9 +66,41 @@ class ServePlan:
         }  # fmt: skip
 
 
+def resolve(place: str | os.PathLike[str], folder: str | os.PathLike[str] = ".") -> list[Path]:
+    """The files that `place` stands for: a model, the models of a folder, or those of a tier in `folder`.
+
+    A file's tier is what its metadata says, else the end of its name. Raises InputError, which for a tier that is not
+    there names those that are.
+    """
+    wanted = None if Path(place).exists() else _tier(os.fspath(place))
+    if wanted is None:
+        return find_models([place])
+    by_tier: dict[str, list[Path]] = {}
+    for path in find_models([folder]):
+        with open_model(path) as model:
+            stated = model.get("apex.tier")
+        name = shown_name(path).lower()
+        ends = [one for one in tier_names() if name.endswith("-" + one.lower().replace(" ", "-"))]
+        found = _tier(str(stated)) or (_tier(max(ends, key=len)) if ends else None)
+        if found is not None:
+            by_tier.setdefault(found, []).append(path)
+    if wanted in by_tier:
+        return by_tier[wanted]
+    there = ", ".join(f"{tier} ({path.name})" for tier, paths in sorted(by_tier.items()) for path in paths)
+    raise InputError(f"{folder}: no file of tier {wanted}", hint=f"there is {there or 'none of another tier either'}")
+
+
+def _tier(name: str) -> str | None:
+    """The name of a published tier that may be an alias; None for other names."""
+    known = {one.lower(): one for one in tier_names()}
+    tier = find_tier(known[name.lower()]) if name.lower() in known else None
+    return None if tier is None else tier.name
+
+
 def plan_service(
     place: str | os.PathLike[str],
     *,
+    folder: str | os.PathLike[str] = ".",
     ctx: int | str = "auto",
     kv: str = "auto",
     parallel: int | None = None,
@@ -70,12 +109,13 @@ def plan_service(
     alias: str | None = None,
     server: str | os.PathLike[str] | None = None,
 ) -> ServePlan:
-    """Choose file, context, cache types and placement. `kv`: auto, one type, or K/V; `vram`, `ram`: bytes, by default
-    what is free on this machine's devices and in its main memory.
+    """Choose file, context, cache types and placement. `place`: a file, a folder, or a tier of the files in `folder`;
+    `kv`: auto, one type, or K/V; `vram`, `ram`: bytes, by default what is free on this machine's devices and in its
+    main memory.
 
     Raises ResourceError when nothing fits or there is no server, InputError for files that are no models, UsageError.
     """
-    files = find_models([place])
+    files = resolve(place, folder)
     found = find_server(None if server is None else Path(server))
     reasons = [
         "llama-server at " + found.command[0]
@@ -95,14 +135,19 @@ def plan_service(
     if parallel is not None and parallel < 1:
         raise UsageError("requests at a time: at least 1")
     pairs = _pairs(kv)
-    listed: tuple[str, ...] = ()
-    if found.kind == "llama-server":
-        text = backend.ask(found, "--help")
-        listed = backend.cache_types(text)
+    listed = server_types(said([*found.command, "--help"])) if found.kind == "llama-server" else ()
+    require_offered(pairs, listed)
     if listed and (foreign := [name for pair in pairs for name in pair if name not in listed]):
         raise UsageError(f"{found.command[0]} has no cache type {foreign[0]}", hint="it has " + ", ".join(listed))
-    best, answer, why = _search(files, ctx, pairs, vram, host, together, moe=found.kind == "llama-server")
+    best, answer, why = _search(
+        files, ctx, pairs, vram, host, together, moe=found.kind == "llama-server", offered=listed
+    )
     reasons += why
+    cached, checkpoints = (0, 0) if found.kind != "llama-server" else _beside(best, host, together)
+    if cached or checkpoints:
+        reasons.append(
+            f"main memory for earlier prompts: {cached / MIB:,.0f} MiB, and {checkpoints} checkpoints of states"
+        )
     with open_model(best.path) as model:
         trained, sampling = facts(model).context_length, sampling_defaults(model)
     if sampling:
@@ -117,20 +162,18 @@ def plan_service(
     return ServePlan(
         model=best.path, alias=alias or best.name, backend=found, ctx=answer.ctx, parallel=together,
         type_k=best.k, type_v=best.v, gpu_layers=best.placement.gpu_layers, cpu_moe=best.placement.cpu_moe,
-        sampling=sampling, reasons=tuple(reasons), warnings=tuple(dict.fromkeys(warnings)),
+        prompt_cache=cached, checkpoints=checkpoints, sampling=sampling,
+        reasons=tuple(reasons), warnings=tuple(dict.fromkeys(warnings)),
     )  # fmt: skip
 
 
-def _pairs(kv: str) -> list[tuple[str, str]]:
-    if kv == "auto":
-        return list(SAFE_PAIRS)
-    k, _, v = kv.partition("/")
-    return [(k, v or k)]
+def _pairs(kv: str) -> list[Pair]:
+    return [Pair(*pair) for pair in SAFE_PAIRS] if kv == "auto" else [parse_pair(kv)]
 
 
 def _search(
-    files: Sequence[Path], ctx: int | str, pairs: Sequence[tuple[str, str]], vram: int, ram: int | None, parallel: int,
-    *, moe: bool,
+    files: Sequence[Path], ctx: int | str, pairs: Sequence[Pair], vram: int, ram: int | None, parallel: int,
+    *, moe: bool, offered: Sequence[str],
 ) -> tuple[Option, Fit, list[str]]:  # fmt: skip
     """The first context for which something is wholly on the device; without one, that fits at all."""
     with open_model(files[0]) as model:
@@ -146,7 +189,9 @@ def _search(
         contexts = [ctx]
     tried = []
     for one in contexts:
-        answer = fit(files, vram=vram, ram=ram, ctx=one, parallel=parallel, pairs=pairs, offload_experts=moe)
+        answer = fit(
+            files, vram=vram, ram=ram, ctx=one, parallel=parallel, pairs=pairs, offload_experts=moe, offered=offered
+        )
         tried.append(answer)
         if answer.choice is not None and (answer.choice.all_on_device or not vram):
             break
@@ -167,6 +212,15 @@ def _search(
         f"{best.host.total / 2**30:.2f} GiB in main memory; compute buffers are {good.compute.source}",
     ]  # fmt: skip
     return best, good, why
+
+
+def _beside(best: Option, ram: int | None, parallel: int) -> tuple[int, int]:
+    """Bytes for earlier prompts, and checkpoints of each request's windows and states, out of the main memory that the
+    plan leaves; llama-server's own defaults do not look at what there is. Nothing where it is not known."""
+    left = max((ram or 0) - best.host.total, 0)
+    state = sum(layer.bytes for layer in best.cache if layer.kind in ("recurrent", "sliding"))  # of all requests
+    checkpoints = min(_MOST_CHECKPOINTS, left // 4 // state) if state else 0
+    return min(left // 2 // MIB * MIB, _MOST_CACHED), checkpoints
 
 
 SAMPLING: Final = {"temp": "temp", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p",
@@ -249,12 +303,15 @@ def serve(
     alias: str | None = None,
     threads: int | None = None,
     server: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] = ".",
     plan: ServePlan | None = None,
+    planned: Callable[[ServePlan], None] | None = None,
     log: Log | None = None,
     deadline: float = START_SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Service:
-    """Start a server for the model or the best of a folder, and wait until it answers. `port` 0: any free one.
+    """Start a server for the model or the best of a folder, and wait until it answers. `port` 0: any free one;
+    `planned` is told what will run before it is started.
 
     Raises UsageError for an address that others can reach without `api_key_file`, ResourceError when nothing fits,
     the port is taken or the server does not come up, and what plan_service() raises.
@@ -266,19 +323,22 @@ def serve(
         )
     port = bindable(host, port)
     chosen = plan or plan_service(
-        place, ctx=ctx, kv=kv, parallel=parallel, vram=vram, ram=ram, alias=alias, server=server
+        place, folder=folder, ctx=ctx, kv=kv, parallel=parallel, vram=vram, ram=ram, alias=alias, server=server
     )
     launch = backend.Launch(
         model=chosen.model.absolute(), host=host, port=port, alias=chosen.alias, ctx=chosen.ctx,
         parallel=chosen.parallel, type_k=chosen.type_k, type_v=chosen.type_v, gpu_layers=chosen.gpu_layers,
-        cpu_moe=chosen.cpu_moe, threads=threads, sampling=chosen.sampling,
+        cpu_moe=chosen.cpu_moe, threads=threads, sampling=chosen.sampling, prompt_cache=chosen.prompt_cache,
+        checkpoints=chosen.checkpoints, keyless=not keys,
     )  # fmt: skip
-    known = (
-        backend.flags(backend.ask(chosen.backend, "--help")) or None if chosen.backend.kind == "llama-server" else None
-    )
+    known = None
+    if chosen.backend.kind == "llama-server":
+        known = backend.flags(said([*chosen.backend.command, "--help"])) or None
     command, skipped = backend.command(chosen.backend, launch, known)
     if skipped:
         chosen = replace(chosen, warnings=(*chosen.warnings, "this server has no: " + ", ".join(skipped)))
+    if planned is not None:
+        planned(chosen)
     # neither may change what was chosen: llama-server reads LLAMA_ARG_..., the bindings' settings read bare names
     env = clean_environment(
         drop=("HOST", "PORT", "API_KEY", "MODEL", "CONFIG_FILE", "CACHE"), prefixes=("LLAMA_ARG_",),
@@ -317,4 +377,4 @@ def _wait_until_healthy(service: Service, deadline: float, clock: Callable[[], f
         time.sleep(POLL_SECONDS)
 
 
-__all__ = ["ServePlan", "Service", "is_loopback", "plan_service", "read_keys", "sampling_defaults", "serve"]
+__all__ = ["ServePlan", "Service", "is_loopback", "plan_service", "read_keys", "resolve", "sampling_defaults", "serve"]
