@@ -123,6 +123,9 @@ def test_a_dry_run_changes_nothing(again: Path) -> None:
     made = small_run(again, dry_run=True, tiers=["quality", "i-compact", "nano"], threads=2)
     assert ran(made) == {"recipes": ("nano",), "quantize": ("nano",), "verify": ("nano",), "evaluate": ("nano",)}
     assert {one.phase for one in made.estimates} == set(ran(made))
+    assert made.disk is not None
+    assert made.to_json()["disk"] == {"peak": made.disk[0], "end": made.disk[1]}
+    assert "disk" not in replace(made, dry_run=False).to_json()
     assert {path: path.stat().st_mtime_ns for path in again.rglob("*")} == before
 
 
