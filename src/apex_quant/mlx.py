@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from apex_quant import hub
 from apex_quant.checkpoint import describe, read_json, text_config
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf.types import GGMLType, ggml_type
@@ -43,6 +45,7 @@ _ROLES: Final = (
 _LAYER: Final = r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\."
 _ROUTER: Final = {"bits": 8, "group_size": 64}  # as mlx-lm's own models ask for
 _LAST_LINES: Final = 20
+_UNSUPPORTED: Final = re.compile(r"Model type .* not supported")
 _PROBE: Final = "import importlib.util as u; sys.exit(any(u.find_spec(n) is None for n in ('mlx', 'mlx_lm')))"
 
 
@@ -149,9 +152,7 @@ def convert_mlx(
     if target.exists():
         raise UsageError(f"{target} exists already", hint="mlx-lm wants a new folder")
     directory = Path(source)
-    if not directory.exists():
-        from apex_quant import hub
-
+    if not directory.exists() and hub.HUB_ID.fullmatch(str(source)):
         directory = hub.download(str(source), revision=revision)
     elif revision is not None:
         raise UsageError("--revision concerns a download, and the source is a directory")
@@ -213,13 +214,21 @@ def _run(directory: Path, target: Path, program: Path, python: str | Path | None
                     say(line.rstrip())
         status = process.wait()
         if status:
-            raise NativeError(f"mlx-lm failed: {last[-1] if last else 'nothing said'}", log_tail="\n".join(last))
+            raise _explained(directory, last)
         partial.rename(target)
     except BaseException:
         process.kill()
         process.wait()
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _explained(directory: Path, last: Sequence[str]) -> InputError | NativeError:
+    """mlx-lm's failure as an error: the checkpoint's fault where its last line says so."""
+    said = last[-1] if last else "nothing said"
+    if _UNSUPPORTED.search(said):
+        return InputError(f"{directory}: mlx-lm: {said}", hint="a newer mlx-lm may know this architecture")
+    return NativeError(f"mlx-lm failed: {said}", log_tail="\n".join(last))
 
 
 _CHOOSE: Final = '''\

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.hub import HubFile, HubProgress, Repository, find_repository, sha256_of
 from apex_quant.hub_access import TRIES, explained, first_line, has_token, library, page, pause, reason, rest, retried
-from apex_quant.publishable import SUMS, Kind, LocalFile, Model, publishable
+from apex_quant.publishable import SUMS, Kind, LocalFile, Model, publishable, results_of
 
 if TYPE_CHECKING:
     from apex_quant.encode.job import JobProgress
@@ -136,6 +136,7 @@ def publish(
             hint="make it private on its page of the hub, or choose another name",
         )
     contents = _hashed(Path(directory), found.files, there, tell)
+    _refuse_other_results(contents)
     result = Published(
         repo=repo,
         url=page(repo),
@@ -198,6 +199,23 @@ def _check_sums(path: Path, contents: Sequence[_Content]) -> None:
             f"{', '.join(wrong[:5])}: not the sha256 that {path} states",
             hint=f"the file or the list is damaged or old; delete {SUMS} when the files are right",
         )
+
+
+def _refuse_other_results(contents: Sequence[_Content]) -> None:
+    """InputError for results that were measured on other bytes than those of the model that bears their name."""
+    models = {Path(one.path).name: one.sha256 for one in contents if one.kind == "model"}
+    problems = []
+    for one in contents:
+        # baselines are other people's files, of whatever name
+        if one.kind != "results" or one.file is None or "baselines" in Path(one.path).parts:
+            continue
+        model = (results_of(one.file) or {}).get("model")
+        measured = model.get("sha256") if isinstance(model, dict) else None
+        name = f"{Path(one.path).stem}.gguf"
+        if measured is not None and models.get(name, measured) != measured:
+            problems.append(f"{one.path}: measured another {name} than the one that is here")
+    if problems:
+        raise InputError("; ".join(problems[:5]), hint="measure it again, or move the results out of the folder")
 
 
 def _unchanged(file: LocalFile) -> None:

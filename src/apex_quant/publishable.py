@@ -170,20 +170,20 @@ def _results_only(files: list[LocalFile]) -> tuple[list[LocalFile], list[str]]:
         (file.file.parent / str(document["per_token"].get("path"))).resolve()
         for file in files
         if file.kind == "results"
-        and (document := _results(file)) is not None
+        and (document := results_of(file)) is not None
         and isinstance(document.get("per_token"), dict)
     }
     kept = [
         file
         for file in files
-        if file.kind != "results" or file.file.resolve() in archives or _results(file) is not None
+        if file.kind != "results" or file.file.resolve() in archives or results_of(file) is not None
     ]
     left = [file.path for file in files if file not in kept]
     return kept, left
 
 
-def _results(file: LocalFile) -> dict[str, Any] | None:
-    """The document, when it is one of apex eval."""
+def results_of(file: LocalFile) -> dict[str, Any] | None:
+    """The document of a results file, None for another JSON file: it is one of apex eval."""
     if not file.path.endswith(".json") or file.bytes > _MOST_JSON:
         return None
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from apex_quant.errors import InputError, ResourceError, UsageError
+from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError
 from apex_quant.gguf.types import ggml_type
 from apex_quant.mlx import choose, convert_mlx, nearest, predicate
 from tests.convert.test_checkpoint import make
@@ -94,3 +94,28 @@ def test_refusals(tmp_path: Path) -> None:
         predicate({}, "quality")
     with pytest.raises(UsageError, match="exists already"):
         convert_mlx(make(tmp_path / "m"), tmp_path, predicate_only=True)
+
+
+def test_what_is_no_hub_id_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"/nope: no such directory"):
+        convert_mlx("/nope", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "message"),
+    [
+        ("Model type tiny not supported.", InputError, "mlx-lm: ValueError: Model type tiny not supported."),
+        ("something broke", NativeError, "mlx-lm failed: ValueError: something broke"),
+    ],
+)
+def test_mlx_lm_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, error: type[ApexError], message: str
+) -> None:
+    """An architecture that it does not know is the checkpoint's matter, all else a failure; no folder is left."""
+    for name, text in (("mlx", ""), ("mlx_lm", f"def convert(*_, **__):\n    raise ValueError({says!r})\n")):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    with pytest.raises(error, match=message):
+        convert_mlx(make(tmp_path / "m"), tmp_path / "out", python=sys.executable)
+    assert not (tmp_path / "out").exists()

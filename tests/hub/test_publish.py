@@ -189,6 +189,20 @@ def test_quarantined_models_are_refused(hub: MockHub, token: str, folder: Path, 
     assert hub.log == []
 
 
+def test_results_of_other_bytes(hub: MockHub, token: str, folder: Path) -> None:
+    """Encoded again since they were measured: the numbers are not this file's. A baseline may bear any name."""
+    results = folder / "tiny-compact.json"
+    digest = hashlib.sha256((folder / "tiny-compact.gguf").read_bytes()).hexdigest()
+    document = {"schema": "apex.results/1", "model": {"path": "tiny-compact.gguf", "sha256": "0" * 64}}
+    results.write_text(json.dumps(document))
+    assert "tiny-compact.json: measured another tiny-compact.gguf" in refused(folder)
+    (folder / "results/baselines/theirs").mkdir(parents=True)
+    results.rename(folder / "results/baselines/theirs/tiny-compact.json")
+    document["model"]["sha256"] = digest  # type: ignore[index]
+    results.write_text(json.dumps(document))
+    assert publish(folder, REPO).files
+
+
 def test_the_folder_of_a_run(hub: MockHub, token: str, folder: Path) -> None:
     """Card and report would lie at the wrong place, and stay here unsaid."""
     work = folder.parent / "work"

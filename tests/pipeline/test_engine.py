@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from apex_quant.errors import InputError, ResourceError, UsageError
-from apex_quant.pipeline import disk, engine
+from apex_quant.pipeline import disk, engine, room
 from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import load_config
 from apex_quant.pipeline.context import Context, PhaseEvent
-from apex_quant.pipeline.phases import Done, Item, Need, Phase, always, nothing
+from apex_quant.pipeline.phases import Done, Item, Need, Phase, always
 from apex_quant.pipeline.reasons import changes, grouped
 from apex_quant.pipeline.results import PhaseRun, RunResult
 from apex_quant.pipeline.state import Record, State, key_of
@@ -46,12 +46,13 @@ class Toy:
         empty = [self.phase(name, lambda c: [], unused="nothing to do") for name in NAMES]
         table = tuple(rows.get(phase.name, phase) for phase in empty)
         monkeypatch.setattr(engine, "PHASES", table)
-        monkeypatch.setattr(engine, "source_facts", self.no_facts)
+        monkeypatch.setattr(room, "facts_at_hand", lambda context: None)
+        monkeypatch.setattr(room, "needs", self.room)
         monkeypatch.setattr(engine, "check_source", lambda config: None)
         monkeypatch.setattr("apex_quant.pipeline.results.wanted", lambda config: [])
 
-    def no_facts(self, config: object, online: bool = True) -> None:
-        raise InputError("a toy")
+    def room(self, context: Context, phase: Phase, items: Sequence[Item], facts: None) -> list[Need]:
+        return [Need(self.work, self.needs)] if phase.weights(context) else []
 
     def calibrations(self, context: Context) -> list[Item]:
         inputs = {"model": context.artifact("convert", "model").digest, "text": context.state.sha256(self.text)}
@@ -87,7 +88,6 @@ class Toy:
         return Phase(
             name, (), name, items, work, claims,  # type: ignore[arg-type]
             always if unused is None else lambda context: unused,
-            (lambda context, due: [Need(self.work, self.needs)]) if weights else nothing,
             weights=lambda context: weights,
         )  # fmt: skip
 
@@ -206,6 +206,19 @@ def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) ->
     toy.tokens = 7
     toy.run(keep=True)
     assert converted.exists()
+
+
+def test_a_run_that_ended_while_it_freed_a_file(toy: Toy) -> None:
+    """Recorded as deleted, and still there: the next run reads it where it can, and deletes it."""
+    toy.run(keep=True)
+    converted = toy.work / "release/convert-"
+    state = State(toy.work).load()
+    state.records["convert"][""].released = True
+    state.save()
+    toy.tokens = 6
+    toy.run()
+    assert toy.calls == [("calibrate", ""), ("quantize", "weighted")]
+    assert not converted.exists()
 
 
 def test_a_file_that_is_gone_or_changed(toy: Toy) -> None:

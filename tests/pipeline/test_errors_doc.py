@@ -113,6 +113,7 @@ def test_documented_messages_are_raised(row: Row) -> None:
 
 
 def test_the_failures_that_must_be_there() -> None:
+    """test_failures.py makes each of them happen."""
     listed = DOCUMENT.read_text().lower()
     for what in ("no network", "no token", "gated", "disk full", "unknown architecture", "converter failure",
                  "killed worker", "corrupted download", "bad configuration", "busy folder", "quarantined"):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from apex_quant.errors import InputError, ResourceError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.types import TYPES
 from apex_quant.pipeline import estimate as module
+from apex_quant.pipeline import room
 from apex_quant.pipeline.config import PHASES, RunConfig, make_config
+from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.estimate import PhaseEstimate, estimate, peak_disk
 from apex_quant.pipeline.phase_work import WORK, text_tokens
+from apex_quant.pipeline.phases import Item
 from apex_quant.pipeline.source_facts import BPW, ENCODED, SourceFacts, source_facts
+from apex_quant.pipeline.state import State
+from apex_quant.pipeline.table import PHASES as TABLE
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.tiers import published_tiers
 from tests.helpers.random_models import write_random_gguf
@@ -263,3 +269,56 @@ def test_text_tokens(tmp_path: Path) -> None:
     built_in = text_tokens(config())
     assert 40_000 < built_in < 160_000
     assert all(built_in >= text_tokens(config(reference={"chunks": n})) for n, _ in itertools.pairwise(range(1, 5)))
+
+
+# --- room before a phase ---
+
+
+def test_what_is_asked_for_is_what_was_said(finished: Path) -> None:
+    """--dry-run and the check before each phase have one answer, and it is enough for what is then written."""
+    state = State(finished / "work").load()
+    given = make_config(state.about["config"])
+    context = Context(given, state.work, State(finished / "none"))
+    facts = room.facts_at_hand(context)
+    assert facts is not None
+    said = by_phase(estimate(given, facts, due={name: list(items) for name, items in state.records.items()}))
+    for phase in TABLE:
+        if phase.name in said and phase.name not in ("source", "publish"):
+            records = state.records[phase.name]
+            free = replace(phase, claims=lambda context, item: [])
+            (need,) = room.needs(context, free, [Item(name, {}, {}) for name in records], facts)
+            assert need.bytes == said[phase.name].bytes_disk, phase.name
+            files = [file for record in records.values() for every in record.outputs.values() for file in every]
+            assert sum(file.bytes for file in files) <= need.bytes + (1 << 20), phase.name
+
+
+def test_what_lies_there_is_not_asked_for_again(finished: Path) -> None:
+    state = State(finished / "work").load()
+    context = Context(make_config(state.about["config"]), state.work, state)
+    facts = room.facts_at_hand(context)
+    assert facts is not None
+    assert facts.exact
+    phase = next(one for one in TABLE if one.name == "quantize")
+    assert sum(need.bytes for need in room.needs(context, phase, phase.items(context), facts)) < 10_000
+    assert sum(size or 0 for size in facts.outputs.values()) > 1_000_000
+
+
+def test_what_a_conversion_writes(facts: SourceFacts, tmp_path: Path) -> None:
+    """The projector and, in the reference, the output matrix: the converted model is gone when files are evaluated."""
+    there = SourceFacts(**{**vars(facts), "kind": "checkpoint", "projector": 10**9})
+    chunks: dict[str, Any] = {"reference": {"chunks": 1}}
+    found = by_phase(estimate(config(source=tmp_path, **chunks), there))
+    assert found["convert"].bytes_disk == (facts.model or 0) + 10**9
+    without = by_phase(estimate(config(source=tmp_path, **chunks, convert={"mmproj": False}), there))
+    assert without["convert"].bytes_disk == facts.model
+    of_gguf = by_phase(estimate(config(**chunks), facts))["reference"]
+    assert (found["reference"].bytes_disk or 0) - (of_gguf.bytes_disk or 0) == 2 * facts.embedding * facts.vocabulary
+
+
+def test_files_that_are_gone_in_the_end_count(facts: SourceFacts) -> None:
+    plain, floor = (estimate(config(evaluate={"floor": one}), facts) for one in (False, True))
+    before, after = peak_disk(plain, keep=True), peak_disk(floor, keep=True)
+    assert before is not None
+    assert after is not None
+    assert after[0] > before[0]
+    assert after[1] == before[1]

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 import apex_quant
+from apex_quant.convert import Conversion
 from apex_quant.evaluation.harness import HarnessPlan
+from apex_quant.mlx import MlxConversion
 from apex_quant.pipeline.config import RunConfig, make_config, sections
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.keys import Harness, Section
 from apex_quant.pipeline.measuring import Target, request
+from apex_quant.pipeline.results import FileResult, RunResult
 from apex_quant.pipeline.state import State
+from apex_quant.publish import Published, PublishedFile
 from apex_quant.recipe.planned import PlanOptions
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
 
@@ -105,3 +109,15 @@ def test_zero_is_a_value(
     monkeypatch.setattr("apex_quant.pipeline.engine.run", stop)
     call("run", tmp_path / "run.yaml", *words)
     assert [config.gpu.layers for config in seen] == [layers]
+
+
+def test_json_documents_are_documented() -> None:
+    """docs/json.md names every key of what these commands print."""
+    rows = (ROOT.parents[1] / "docs" / "json.md").read_text().splitlines()
+    for command, kinds in {
+        "run": (RunResult, FileResult), "convert": (Conversion,), "convert-mlx": (MlxConversion,),
+        "publish": (Published, PublishedFile),
+    }.items():  # fmt: skip
+        row = next(line for line in rows if line.startswith(f"| `apex {command}`"))
+        for kind in kinds:
+            assert [one.name for one in fields(kind) if f'"{one.name}"' not in row] == [], command

@@ -23,7 +23,7 @@ from apex_quant.pipeline.cluster_node import MARK, check
 from apex_quant.pipeline.context import PhaseEvent
 from tests.helpers.cli import PACKAGE_ROOT
 from tests.pipeline.conftest import ran, small_run
-from tests.pipeline.test_kill import numbers
+from tests.pipeline.kills import numbers
 from tests.pipeline.test_run import contents
 
 JOBS = "tests.pipeline.ray_jobs"

@@ -123,6 +123,9 @@ def test_a_dry_run_changes_nothing(again: Path) -> None:
     made = small_run(again, dry_run=True, tiers=["quality", "i-compact", "nano"], threads=2)
     assert ran(made) == {"recipes": ("nano",), "quantize": ("nano",), "verify": ("nano",), "evaluate": ("nano",)}
     assert {one.phase for one in made.estimates} == set(ran(made))
+    assert made.disk is not None
+    assert made.to_json()["disk"] == {"peak": made.disk[0], "end": made.disk[1]}
+    assert "disk" not in replace(made, dry_run=False).to_json()
     assert {path: path.stat().st_mtime_ns for path in again.rglob("*")} == before
 
 
@@ -322,3 +325,20 @@ def test_a_matrix_of_another_library_is_replaced(again: Path, monkeypatch: pytes
     state.save()
     monkeypatch.setattr("apex_quant.calibration.calibrate._FORMAT", "another")
     assert "calibrate" in ran(small_run(again))
+
+
+def test_minutes_of_hashing_are_announced(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they begin; and not by a run that knows the hashes."""
+    monkeypatch.setattr("apex_quant.pipeline.context._WORTH_SAYING", 1)
+    said: list[str] = []
+
+    def listen(event: object) -> None:
+        if isinstance(event, PhaseEvent) and event.kind == "note":
+            said.append(event.text)
+
+    small_run(again)  # a copy is another file until it was read
+    small_run(again, dry_run=True, progress=listen)
+    assert said == []
+    os.utime(again / "Small-BF16.gguf")
+    small_run(again, dry_run=True, progress=listen)
+    assert said == ["reading 0 GB once, for their sha256"]

@@ -5,18 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from apex_quant.errors import ApexError, NativeError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 2 usage, 3 bad input, 4 missing resource, 5 internal, 130 Ctrl-C."""
+    """Run the command line and exit: 0 done, 2 usage, 3 bad input, 4 missing resource, 5 internal, 130 Ctrl-C, 143
+    SIGTERM."""
     _open_streams()
+    terminated: list[int] = []
+    with _terminating(terminated):
+        _main(arguments, terminated)
+
+
+def _main(arguments: list[str] | None, terminated: list[int]) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
@@ -26,8 +35,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _abandon_output()  # the reader has gone (apex inspect ... | head): nothing to say to anybody
         status = 0
     except KeyboardInterrupt:
-        _complain("interrupted", "finished work is kept: the same command goes on from there")
-        status = INTERRUPTED
+        what, status = ("terminated", TERMINATED) if terminated else ("interrupted", INTERRUPTED)
+        _complain(what, "finished work is kept: the same command goes on from there")
     except ApexError as error:
         if debug:
             _explain(error.log_tail if isinstance(error, NativeError) else "")
@@ -85,6 +94,25 @@ def _command() -> Any:
     from apex_quant.cli.app import app
 
     return get_command(app)
+
+
+@contextlib.contextmanager
+def _terminating(seen: list[int]) -> Iterator[None]:
+    """SIGTERM as Ctrl-C: children are stopped at a safe point, what is finished is recorded. `seen` gets its number."""
+
+    def interrupt(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: whose signals they are decides its program
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _open_streams() -> None:

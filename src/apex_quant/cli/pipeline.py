@@ -143,7 +143,7 @@ def run(
     if as_json:
         print_json(made.to_json())
     elif dry_run:
-        show_looks(console, made, keep=config.keep)
+        show_looks(console, made)
     else:
         show_run(console, made)
     if made.quarantined and not dry_run:
@@ -279,10 +279,9 @@ def _time(seconds: float) -> str:
 # --- shown ---
 
 
-def show_looks(console: Console, made: RunResult, *, keep: bool) -> None:
+def show_looks(console: Console, made: RunResult) -> None:
     """What would run and why, with what that takes."""
     from apex_quant.cli.show import human, table
-    from apex_quant.pipeline.estimate import peak_disk
 
     estimates = {one.phase: one for one in made.estimates}
     rows = table(None, "phase", "", ">disk", ">memory", ">time", "why")
@@ -295,8 +294,8 @@ def show_looks(console: Console, made: RunResult, *, keep: bool) -> None:
             cells = [disk, human(found.bytes_memory), time]
         rows.add_row(one.name, "runs" if one.ran else "skipped", *cells, safe(one.reason))
     console.print(rows)
-    if made.estimates and (peak := peak_disk(made.estimates, keep=keep)) is not None:
-        console.print(f"disk: {human(peak[0])} at most, {human(peak[1])} in the end; times are estimates")
+    if made.disk is not None:
+        console.print(f"disk: {human(made.disk[0])} at most, {human(made.disk[1])} in the end; times are estimates")
     console.print("nothing was done")
 
 

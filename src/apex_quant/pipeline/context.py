@@ -78,9 +78,7 @@ class Context:
     @property
     def is_gguf(self) -> bool:
         """Whether the source is a GGUF and nothing is to be converted."""
-        if self.config.is_hub:
-            return self.config.source_files is not None
-        return self.config.source.lower().endswith(".gguf")
+        return self.config.is_gguf
 
     def note(self, phase: str, text: str) -> None:
         self.tell(PhaseEvent("note", phase, text))

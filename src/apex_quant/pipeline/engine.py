@@ -13,17 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_quant.errors import ApexError, UsageError
+from apex_quant.errors import UsageError
 from apex_quant.native import Workers
-from apex_quant.pipeline import disk
+from apex_quant.pipeline import disk, room
 from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import RunConfig, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
-from apex_quant.pipeline.estimate import estimate
+from apex_quant.pipeline.estimate import estimate, peak_disk
 from apex_quant.pipeline.look import RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
-from apex_quant.pipeline.source_facts import SourceFacts, source_facts
 from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
 from apex_quant.pipeline.steps_source import check_source, convert_problem
 from apex_quant.pipeline.table import PHASES
@@ -62,7 +61,8 @@ def run(
         due = {one.phase.name: [item.name for item, _ in one.due] for one in looks if one.due}
         estimates = estimate(config, recorded=_took(context), due=due) if due else []
         runs = [PhaseRun.of(one) for one in looks]
-        return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates))
+        peak = peak_disk(estimates, keep=config.keep)
+        return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates), disk=peak)
     if "source" in selected:
         check_source(config)  # before there is a folder
     started = time.monotonic()
@@ -118,10 +118,7 @@ class _Engine:
     def __init__(self, context: Context, selected: Collection[str]) -> None:
         assert tuple(phase.name for phase in PHASES) == NAMES
         self.context, self.selected, self.force = context, selected, context.forced
-        try:
-            self.facts: SourceFacts | None = source_facts(context.config, online=False)
-        except ApexError:  # the phase that meets it says so
-            self.facts = None
+        self.facts = room.facts_at_hand(context)
 
     def run(self) -> list[PhaseRun]:
         runs = []
@@ -130,6 +127,8 @@ class _Engine:
             if one.freed:
                 one = look(self.context, PHASES[number:], self.selected, force=self.force)[0]
             runs.append(self._phase(one))
+            if one.due and phase.name in ("source", "convert"):
+                self.facts = room.facts_at_hand(self.context)
             if number > NAMES.index("convert"):
                 self._free()
         return runs
@@ -146,7 +145,7 @@ class _Engine:
             )
         context.tell(PhaseEvent("run", phase.name, one.reason, eta=self._eta(one)))
         items = [item for item, _ in one.due]
-        disk.require(phase.name, phase.disk(context, items))
+        disk.require(phase.name, room.needs(context, phase, items, self.facts))
         for item, why in one.due:
             self._begin(phase, item, again=why != RESUMED)
         context.state.save()
@@ -238,7 +237,10 @@ class _Engine:
         """Delete the converted file when no phase, asked for or not, still has to read it."""
         context = self.context
         record = context.record("convert")
-        if context.config.keep or context.is_gguf or record is None or record.released:
+        if context.config.keep or context.is_gguf or record is None:
+            return
+        files = [file for file in record.outputs.get("model", []) if context.state.where(file).exists()]
+        if not files:
             return
         readers = PHASES[1 + NAMES.index("convert") :]
         try:
@@ -247,9 +249,8 @@ class _Engine:
             return
         if any(one.due and one.phase.weights(context) for one in every):
             return
-        files = record.outputs.get("model", [])
         record.released = True
-        context.state.save()
+        context.state.save()  # first: a run that ends in between finds the file and deletes it
         for file in files:
             path = context.state.where(file)
             path.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ _GPU: Final = 50.0  # layers on a GPU may be this much faster than the rate abov
 class PhaseEstimate:
     """One phase. `bytes_disk` it writes, `bytes_memory` it wants (what is mapped of the model included: with less it
     reads from the disk again and again); `seconds` with `low` and `high`, None where nothing tells. `items`: seconds
-    of each piece. `temporary`: a later phase deletes what it wrote."""
+    of each piece. `temporary`: a later phase deletes what it wrote; `scratch`: bytes that it deletes itself."""
 
     phase: str
     bytes_disk: int | None
@@ -42,6 +42,7 @@ class PhaseEstimate:
     basis: str
     items: Mapping[str, float | None] = field(default_factory=dict)
     temporary: bool = False
+    scratch: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the seconds say that they are an estimate."""
@@ -94,13 +95,13 @@ def _estimated(
     def of_due(values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if due is None or name in due}
 
-    disk = of_due(work.disk)
+    disk = [*of_due(work.disk).values(), *of_due(work.cached).values()]
     items = {name: None if s is None else s * factor for name, s in of_due(work.seconds).items()}
     known = [seconds for seconds in items.values() if seconds is not None]
     total = sum(known) if len(known) == len(items) else None
     return PhaseEstimate(
         phase=phase,
-        bytes_disk=None if None in disk.values() else sum(disk.values()),
+        bytes_disk=None if None in disk else sum(disk),
         bytes_memory=work.memory,
         seconds=total,
         low=None if total is None else total / spread / gpu,
@@ -108,6 +109,7 @@ def _estimated(
         basis=work.basis + why,
         items=items,
         temporary=work.temporary,
+        scratch=work.scratch,
     )
 
 
@@ -123,7 +125,7 @@ def peak_disk(estimates: Sequence[PhaseEstimate], *, keep: bool) -> tuple[int, i
         if one.bytes_disk is None:
             return None
         held += one.bytes_disk
-        peak = max(peak, held)
+        peak = max(peak, held + one.scratch)
         if one.temporary and not keep:
             readers = [n for n, other in enumerate(estimates) if other.phase in _READERS]
             waiting.append((max([number, *readers]), one.bytes_disk))

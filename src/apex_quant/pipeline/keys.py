@@ -295,6 +295,16 @@ class RunConfig(Section):
         return bool(SOURCE_ID.fullmatch(self.source)) and not Path(self.source).exists()
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the source is a GGUF, downloaded or here, and nothing is to be converted."""
+        return self.source_files is not None if self.is_hub else self.source.lower().endswith(".gguf")
+
+    @property
+    def copies_output(self) -> bool:
+        """Whether the reference takes the output matrix along: a converted file is deleted before the evaluation."""
+        return self.reference.copy_output or not self.is_gguf
+
+    @property
     def model_name(self) -> str:
         """`name`, or what the source is called."""
         path = Path(self.source)

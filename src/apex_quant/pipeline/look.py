@@ -200,5 +200,8 @@ def _reads(context: Context, phase: Phase, before: str) -> bool:
 
 
 def _freed(context: Context, record: Record) -> bool:
-    """Whether the files were deleted and can be had again: by this run, or from the hub's cache."""
-    return record.released or ("commit" in record.facts and context.state.lacks_others(record))
+    """Whether files were deleted that can be had again: by converting, or those of the hub's cache by downloading."""
+    if not record.released and "commit" not in record.facts:
+        return False
+    missing = context.state.missing(record)
+    return bool(missing) and (record.released or not any(path.is_relative_to(context.work) for path in missing))

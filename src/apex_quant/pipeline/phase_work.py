@@ -7,7 +7,7 @@ None where the phase has nothing to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -16,6 +16,7 @@ from apex_quant.evaluation.schema import TASKS
 from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.source_facts import SourceFacts
 
+PROJECTOR: Final = "mmproj"  # the item of `convert` beside the model
 # --- rates ---
 # measured on one processor of the machine named at the top of benchmarks/RESULTS.md
 MULTIPLIED: Final = 17e9  # weights times tokens a second: benchmarks/rates.py, BF16, 512 tokens at a time
@@ -32,6 +33,7 @@ _OVERHEAD: Final = 1 << 30  # bytes of memory of a session: buffers, keys and va
 _ENCODER: Final = 100 << 20  # peak of a worker: benchmarks/RESULTS.md, Memory
 _ENCODER_THREAD: Final = 32 << 20
 _CHARACTERS: Final = 4  # bytes of text in a token
+_FEWEST_CHARACTERS: Final = 3  # where a small vocabulary needs more tokens, for what must not be too little
 _HELDOUT: Final = 320_000  # bytes of the built-in held-out text
 _QUESTION: Final = 400  # tokens of a question with its answers
 _SPEED_TOKENS: Final = (6 * 512, 6 * 128)  # read and generated: five repetitions and a warm-up
@@ -54,7 +56,8 @@ Kind = Literal["encode", "tokens", "network", "disk", "little"]
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase has to do. `disk`: bytes written by item; `seconds` by item, of all processors together, None where
+    """What a phase has to do. `disk`: bytes written in WORK by item, `cached`: bytes that come to the hub's cache,
+    `scratch`: bytes of files that are gone when it ends; `seconds` by item, of all processors together, None where
     nothing tells; `kind`: what those are spent with; `temporary`: a later phase deletes what was written."""
 
     disk: Mapping[str, int | None]
@@ -63,6 +66,8 @@ class Work:
     kind: Kind
     basis: str
     temporary: bool = False
+    cached: Mapping[str, int | None] = field(default_factory=dict)
+    scratch: int = 0
 
 
 # --- phases ---
@@ -72,26 +77,32 @@ def _source(config: RunConfig, facts: SourceFacts, cores: int) -> Work:
     if facts.kind in ("gguf", "checkpoint"):
         return Work({}, 64 << 20, {"": (facts.model or 0) / HASHED}, "disk", "hashing what is here")
     seconds = None if facts.download is None else facts.download / DOWNLOADED
-    return Work({"": facts.download}, 256 << 20, {"": seconds}, "network", f"download at {DOWNLOADED / 1e6:.0f} MB/s")
+    told = f"download at {DOWNLOADED / 1e6:.0f} MB/s"
+    return Work({}, 256 << 20, {"": seconds}, "network", told, cached={"": facts.download})
 
 
 def _convert(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None:
-    if facts.kind == "gguf" or config.source_files is not None:
+    if config.is_gguf:
         return None
     size = facts.model
+    disk = {"": size}
+    if config.convert.mmproj is True or (config.convert.mmproj == "auto" and facts.projector):
+        disk[PROJECTOR] = facts.projector
     memory = max(2 << 30, (size or 0) // 40)  # the converter holds one fused tensor of experts in 32 bits
     seconds = None if size is None else size / CONVERTED
     told = f"{facts.basis}; {CONVERTED / 1e6:.0f} MB/s"
-    return Work({"": size}, memory, {"": seconds}, "disk", told, temporary=True)
+    return Work(disk, memory, {"": seconds}, "disk", told, temporary=True)
 
 
 def _reference(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None:
     if config.evaluate.suite in ("none", "harness"):
         return None
     tokens = text_tokens(config)
-    each = 2 * (facts.embedding if config.reference.form == "auto" else facts.vocabulary)
-    size = tokens // 2 * each  # of the second half of each chunk
-    size += facts.embedding * facts.vocabulary * 2 if config.reference.copy_output else 0
+    states = config.reference.form == "auto"
+    each = 2 * (facts.embedding if states else facts.vocabulary) + facts.routing
+    scored = 7 / 8 if config.reference.every_token else 1 / 2  # the share of each chunk
+    size = int(text_tokens(config, _FEWEST_CHARACTERS) * scored) * each
+    size += facts.embedding * facts.vocabulary * 2 if states and config.copies_output else 0
     return _forward(config, facts, {"": size}, {"": _reading(tokens, facts, cores)}, tokens, facts.model)
 
 
@@ -143,7 +154,10 @@ def _evaluate(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None:
         return None
     seconds = {name: _evaluation(config, size, facts, cores) for name, size in facts.outputs.items()}
     disk = dict.fromkeys(facts.outputs, _results(config))
-    return _forward(config, facts, disk, seconds, text_tokens(config), _largest(facts.outputs))
+    # a uniform Q8_0 of the whole model is made for the floor, and deleted
+    scratch = (facts.model or 0) * 17 // 32 if config.evaluate.floor else 0
+    made = _forward(config, facts, disk, seconds, text_tokens(config), _largest(facts.outputs))
+    return replace(made, scratch=scratch)
 
 
 def _baselines(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None:
@@ -153,8 +167,9 @@ def _baselines(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None
     for spec, size in facts.baselines.items():
         evaluation = _evaluation(config, size, facts, cores) if config.evaluate.suite != "none" else 0.0
         seconds[spec] = None if size is None or evaluation is None else size / DOWNLOADED + evaluation
-    disk = {spec: None if size is None else size + _results(config) for spec, size in facts.baselines.items()}
-    return Work(disk, _session(_largest(facts.baselines), facts), seconds, "network", "downloads and evaluation")
+    disk = dict.fromkeys(facts.baselines, _results(config))
+    memory = _session(_largest(facts.baselines), facts)
+    return Work(disk, memory, seconds, "network", "downloads and evaluation", cached=facts.baselines)
 
 
 def _report(config: RunConfig, facts: SourceFacts, cores: int) -> Work:
@@ -196,11 +211,11 @@ def _forward(
     return Work(disk, _session(size, facts), seconds, "tokens", told)
 
 
-def text_tokens(config: RunConfig) -> int:
-    """Tokens of the evaluation text, by its size."""
+def text_tokens(config: RunConfig, characters: int = _CHARACTERS) -> int:
+    """Tokens of the evaluation text, by its size: `characters` bytes each."""
     given = config.reference
     size = sum(Path(file).stat().st_size for file in given.text if Path(file).is_file()) if given.text else _HELDOUT
-    tokens = max(given.ctx, size // _CHARACTERS)
+    tokens = max(given.ctx, size // characters)
     texts = len(given.text) or _DOMAINS
     return min(tokens, given.chunks * given.ctx * texts) if given.chunks else tokens
 

@@ -70,15 +70,9 @@ class Phase:
     work: Callable[[Context, Sequence[Item]], Iterator[Done]]
     claims: Callable[[Context, Item], Iterable[Path]]
     unused: Callable[[Context], str | None]
-    disk: Callable[[Context, Sequence[Item]], Iterable[Need]]
     weights: Callable[[Context], bool] = lambda context: False
 
 
 def always(context: Context) -> str | None:
     """For phases that are part of every run."""
     return None
-
-
-def nothing(context: Context, items: Sequence[Item]) -> Iterable[Need]:
-    """For phases that write next to nothing."""
-    return ()

@@ -62,7 +62,7 @@ class FileResult:
 @dataclass(frozen=True)
 class RunResult:
     """The whole: `published` is the upload's (or its rehearsal's) JSON, None without one; `estimates` are those of a
-    dry run."""
+    dry run, `disk` the most bytes that it holds at one time and those in the end, None where some are not known."""
 
     work: Path
     phases: tuple[PhaseRun, ...]
@@ -72,6 +72,7 @@ class RunResult:
     seconds: float
     dry_run: bool
     estimates: tuple[PhaseEstimate, ...] = ()
+    disk: tuple[int, int] | None = None
 
     @property
     def quarantined(self) -> tuple[FileResult, ...]:
@@ -87,8 +88,12 @@ class RunResult:
             "report": [str(path) for path in self.report],
             "published": self.published,
             "seconds": round(self.seconds, 3),
-            **({"estimates": [one.to_json() for one in self.estimates]} if self.dry_run else {}),
+            **(self._expected() if self.dry_run else {}),
         }
+
+    def _expected(self) -> dict[str, Any]:
+        disk = None if self.disk is None else {"peak": self.disk[0], "end": self.disk[1]}
+        return {"estimates": [one.to_json() for one in self.estimates], "disk": disk}
 
 
 def summarize(context: Context, runs: Sequence[PhaseRun], seconds: float, *, dry_run: bool) -> RunResult:

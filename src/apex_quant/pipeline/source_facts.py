@@ -7,7 +7,7 @@ sizes of files. Nothing is downloaded, and no weight is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final, Literal
@@ -43,8 +43,9 @@ _ACTIVE_SHARE: Final = 0.1  # of a MoE's weights, where the header is not there:
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """Bytes and counts, None where nothing tells them. `outputs`: bytes of each file to make; `encode`: seconds of one
-    processor for it, what an earlier one shares left out. `exact`: from a header, to the byte."""
+    """Bytes and counts, None where nothing tells them. `routing`: bytes of a token's routers' choices in a reference;
+    `projector`: of the vision or audio part as a GGUF of its own. `outputs`: bytes of each file to make; `encode`:
+    seconds of one processor for it, what an earlier one shares left out. `exact`: from a header, to the byte."""
 
     kind: Kind
     exact: bool = False
@@ -56,6 +57,8 @@ class SourceFacts:
     embedding: int = 4096
     vocabulary: int = 150_000
     imatrix: int = 0
+    routing: int = 0
+    projector: int = 0
     outputs: Mapping[str, int | None] = field(default_factory=dict)
     encode: Mapping[str, float | None] = field(default_factory=dict)
     baselines: Mapping[str, int | None] = field(default_factory=dict)
@@ -72,7 +75,7 @@ def source_facts(config: RunConfig, *, online: bool = True) -> SourceFacts:
     elif config.is_hub:
         found = _of_hub(config, notes, online=online)
     else:
-        found = _of_checkpoint(config, Path(config.source))
+        found = of_checkpoint(config, Path(config.source))
     baselines = {spec: _baseline_bytes(spec, notes, online=online) for spec in config.baselines}
     return SourceFacts(**{**vars(found), "baselines": baselines, "notes": (*found.notes, *notes)})
 
@@ -107,6 +110,7 @@ def of_gguf(config: RunConfig, model: GGUFModel) -> SourceFacts:
             for info in model.tensors.values()
             if len(info.shape) > 1
         ),
+        routing=4 + 3 * sum(known.n_expert_used),  # the nll; a number and a weight of each expert
         outputs=outputs,
         encode=encode,
     )
@@ -145,20 +149,16 @@ def _of_weights(
     )
 
 
-def _of_checkpoint(config: RunConfig, folder: Path) -> SourceFacts:
+def of_checkpoint(config: RunConfig, folder: Path) -> SourceFacts:
+    """From the headers of its weights. Raises what describe() raises."""
     from apex_quant.checkpoint import describe
 
     found = describe(folder)
     model = found.estimate(config.convert.outtype)
-    return _of_weights(
-        config,
-        "checkpoint",
-        found.parameters,
-        model,
-        0,
-        is_moe=found.experts > 1,
-        basis="the checkpoint's headers",
-    )
+    basis, is_moe = "the checkpoint's headers", found.experts > 1
+    made = _of_weights(config, "checkpoint", found.parameters, model, 0, is_moe=is_moe, basis=basis)
+    beside = found.vision or found.audio
+    return replace(made, projector=found.estimate(config.convert.outtype, mmproj=True) if beside else 0)
 
 
 def _of_hub(config: RunConfig, notes: list[str], *, online: bool) -> SourceFacts:

@@ -213,11 +213,10 @@ class State:
     def where(self, file: StoredFile) -> Path:
         return self.work / file.path  # an absolute path stays what it is
 
-    def lacks_others(self, record: Record) -> bool:
-        """Whether a file of a record is gone that lies outside of WORK, and none in there."""
-        gone = [self.where(file) for files in record.outputs.values() for file in files]
-        gone = [path for path in gone if not path.exists()]
-        return bool(gone) and not any(path.is_relative_to(self.work) for path in gone)
+    def missing(self, record: Record) -> list[Path]:
+        """Files of a record that are gone."""
+        paths = [self.where(file) for files in record.outputs.values() for file in files]
+        return [path for path in paths if not path.exists()]
 
     def damage(self, record: Record) -> str | None:
         """Which file of a record is gone or another one, in words; None when all are what they were."""

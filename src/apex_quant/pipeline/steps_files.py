@@ -9,7 +9,7 @@ from typing import Any
 
 from apex_quant.gguf import shard_name
 from apex_quant.pipeline.context import Context, PhaseEvent
-from apex_quant.pipeline.phases import Done, Item, Need
+from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.state import key_of
 from apex_quant.pipeline.wanted import Wanted, plan_options, wanted
 from apex_quant.recipe.plan import plan
@@ -145,18 +145,6 @@ _WRITTEN = ("fill", "override_kv", "prune_layers", "split", "published", "mix", 
 def quantize_claims(context: Context, item: Item) -> Iterable[Path]:
     facts = context.facts("recipes", item.name)
     return [context.release / name for name in dict.fromkeys([*facts["files"], facts["file_name"]])]
-
-
-def quantize_disk(context: Context, items: Sequence[Item]) -> Iterable[Need]:
-    """What is still to be written: the blocks of partial files are there already."""
-    needs = []
-    for item in items:
-        there = 0
-        for path in quantize_claims(context, item):
-            partial = path.with_name(f"{path.name}.partial")
-            there += sum(one.stat().st_blocks * 512 for one in (path, partial) if one.exists())
-        needs.append(Need(context.release, context.facts("recipes", item.name)["bytes"] - there))
-    return needs
 
 
 def quantize_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:

@@ -6,13 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apex_quant.gguf import open_model
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import link
-from apex_quant.pipeline.phases import Done, Item, Need
+from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.wanted import needing_importance
-
-_STATES = 4  # bytes kept of a hidden state's element or a logit, at most, for the estimate of disk
 
 
 def measured(context: Context) -> str | None:
@@ -36,8 +33,7 @@ def reference_items(context: Context) -> list[Item]:
         "ctx": given.ctx,
         "chunks": given.chunks,
         "every_token": given.every_token,
-        # a converted file is deleted before the evaluation, so its output matrix has to come along
-        "copy_output": given.copy_output or not context.is_gguf,
+        "copy_output": context.config.copies_output,
     }
     texts = {f"text {name}": digest for name, digest in context.files(given.text).items()}
     return [Item("", parameters, {"model": context.model().digest, **texts})]
@@ -46,18 +42,6 @@ def reference_items(context: Context) -> list[Item]:
 def reference_claims(context: Context, item: Item) -> Iterable[Path]:
     ending = "_logits_" if item.parameters["form"] == "stock" else "apexref"
     return [context.work / "reference" / f"{context.name}.{ending}"]
-
-
-def reference_disk(context: Context, items: Sequence[Item]) -> Iterable[Need]:
-    """Hidden states of all scored tokens of a built-in text, and the output matrix where it is copied."""
-    if not items:
-        return []
-    with open_model(context.model().path) as model:
-        width = int(model.get("{arch}.embedding_length", 0) or 0)
-        head = next((i.nbytes for n, i in model.tensors.items() if n in ("output.weight", "token_embd.weight")), 0)
-    given = items[0].parameters
-    tokens = (given["chunks"] or 100) * given["ctx"] * 5
-    return [Need(context.work / "reference", tokens * width * _STATES // 2 + head * given["copy_output"])]
 
 
 def reference_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:

@@ -14,9 +14,10 @@ from apex_quant.gguf import open_model
 from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import link
+from apex_quant.pipeline.phase_work import PROJECTOR
 from apex_quant.pipeline.phases import Done, Item
 
-NAME: Final = "mmproj"  # of the item
+NAME: Final = PROJECTOR
 _REMOTE: Final = re.compile(r"(?P<repo>[^:/]+/[^:/]+):(?P<file>.+)")
 
 

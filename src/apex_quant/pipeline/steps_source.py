@@ -18,7 +18,7 @@ from apex_quant.pipeline import steps_projector
 from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
-from apex_quant.pipeline.phases import Done, Item, Need
+from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.state import STATE, digest_of, located
 
 # of a hub repository, what a conversion reads; the pickled weights only where there are no others
@@ -149,12 +149,10 @@ def _described(folder: Path) -> dict[str, Any]:
     if found.missing:
         raise InputError(f"{folder}: {found.missing[0]}", hint="complete the download, then run again")
     projector = found.vision or found.audio
-    sizes = {kind: found.estimate(kind) for kind in ("auto", "bf16", "f16", "f32")}
     return {
         "architecture": found.architecture,
         "folder": str(folder.absolute()),
         "projector": projector,
-        "estimates": sizes,
         "parameters": found.parameters,
     }
 
@@ -257,12 +255,6 @@ def convert_claims(context: Context, item: Item) -> Iterable[Path]:
     name = re.sub(r"[^\w.+-]+", "-", context.name)
     whole = context.work / "source" / f"{name}.gguf"
     return [steps_projector.published(context) if item.name == steps_projector.NAME else whole]
-
-
-def convert_disk(context: Context, items: Sequence[Item]) -> Iterable[Need]:
-    estimates = context.facts("source").get("estimates", {})
-    due = [item for item in items if item.name == "" and not next(iter(convert_claims(context, item))).exists()]
-    return [Need(context.work / "source", int(estimates.get(item.parameters["outtype"], 0))) for item in due]
 
 
 def convert_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
