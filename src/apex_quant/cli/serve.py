@@ -84,6 +84,6 @@ def serve(
     except KeyboardInterrupt:
         print("stopping" if started else "stopped before it served", file=sys.stderr, flush=True)
         if not started:
-            raise typer.Exit(130) from None
+            raise SystemExit(130) from None  # past main(), which speaks of work that goes on
     finally:
         signal.signal(signal.SIGTERM, previous)
