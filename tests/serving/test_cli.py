@@ -114,7 +114,7 @@ def test_serve_is_told_to_stop_before_it_serves(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "stopped before it served"
+    assert err.splitlines()[-1] == "error: stopped before it served"
 
 
 @pytest.mark.parametrize("utf8", ["0", "1"])
