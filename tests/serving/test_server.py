@@ -256,9 +256,11 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "\ud800"}),
     ("/v1/completions", {"prompt": "a", "logprobs": 10**9}),
     *(("/v1/completions", {"messages": wrong, "prompt": [1, 2]}) for wrong in ("x", None, 5, [1])),
-    # each of these ended the process
+    # each of these ended the process, or never ended
     ("/v1/completions", {"prompt": "a", "grammar": "root ::= " + "(" * 50_000}),
     ("/v1/completions", {"prompt": "a", "grammar": 'root ::= (("a"?){0,40}){0,40}'}),
+    ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "a"{5,2}'}),
+    ("/v1/completions", {"prompt": "a", "grammar": "root ::= " + "(" * 50 + '"a"?' + ")+" * 50}),
     *(
         ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_object", "schema": schema}})
         for schema in (
