@@ -4,14 +4,16 @@
     python benchmarks/allocation.py --work DIR ... --rivals i-compact,micro --chunks 4 # some of it, quickly
     python benchmarks/allocation.py --work DIR ... --random                            # rank correlation, errors
 
-For each tier and each llama.cpp mix: the measured allocation of at most its bytes; for the tiers also the hand recipe
-and allocation by error alone at the same size. All files are encoded with the same importance matrix in one pass over
-the model, measured on the same tokens of the held-out text (never seen by calibration, probes or validation) against
-one .apexref, and removed; what was measured is kept in --work, and the same command goes on from there.
+For each tier and each llama.cpp mix: the measured allocation of at most its bytes; for the tiers also, at the same
+size, the hand recipe as it is published (where it fits), the best of its family by our own prediction, and allocation
+by error alone. All files of a size are encoded with the same importance matrix in one pass over the model, measured on
+the same tokens of the held-out text (never seen by calibration, probes or validation) against one .apexref, and
+removed; what was measured is kept in --work, and the same command goes on from there.
 
-`--random`: 24 random recipes of equal size at three sizes and 40 that span 2 to 8 bits per weight, on the first chunks
-of the held-out text: Spearman's rank correlation of predicted and measured KLD, and relative errors, plain and with the
-floor added that a Q8_0 file shows. The same for error alone.
+`--random`: 24 random recipes of equal size at three sizes and 40 that span 2 to 8 bits per weight, each tensor in any
+type that can be encoded, on the first chunks of the held-out text: Spearman's rank correlation of predicted and
+measured KLD with an interval over recipes, and relative errors, with and without what apex measure found rounding of
+activations to cost. The same ranks for error alone, with rows counted and with all tensors alike.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,12 @@ import numpy as np  # noqa: E402
 import apex_quant  # noqa: E402
 from apex_quant.allocation import baselines  # noqa: E402
 from apex_quant.allocation.choices import make_space  # noqa: E402
-from apex_quant.allocation.constraints import Constraints  # noqa: E402
 from apex_quant.allocation.cost import CostModel  # noqa: E402
-from apex_quant.allocation.exchange import smoothed  # noqa: E402
+from apex_quant.allocation.exchange import parted, smoothed  # noqa: E402
 from apex_quant.allocation.inputs import sensitivities_of  # noqa: E402
 from apex_quant.allocation.space import Predicted, Space  # noqa: E402
 from apex_quant.allocation.validate import Candidate, Validator, best_of  # noqa: E402
+from apex_quant.errors import UsageError  # noqa: E402
 from apex_quant.evaluation import bootstrap  # noqa: E402
 from apex_quant.evaluation.compare import compare  # noqa: E402
 from apex_quant.evaluation.make_reference import make_reference  # noqa: E402
@@ -51,6 +54,7 @@ from apex_quant.runtime.options import SessionOptions  # noqa: E402
 TIERS = ("i-quality", "i-balanced", "i-compact", "mini", "nano", "micro")
 MIXES = ("Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ2_M")
 CTX = 512
+AT_ONCE = 8  # files of random recipes
 HEAD = """
 | recipe | bytes | predicted | mean KLD | 99 % | 99.9 % (ours minus it) | ours minus it | ours / it |
 |---|---|---|---|---|---|---|---|"""
@@ -66,13 +70,14 @@ def main() -> int:
     )
     parser.add_argument("--rivals", default=",".join((*TIERS, *MIXES)), help="tiers and mixes, with commas between")
     parser.add_argument("--chunks", type=int, help=f"of each held-out text, of {CTX} tokens (default: all)")
-    parser.add_argument("--validate", action="store_true", help="measure near-optimal recipes on the probe text first")
+    parser.add_argument("--validate", action="store_true", help="choose near-optimal recipes on the validation text")
     parser.add_argument("--ours", default="optimum", help="optimum, smoothed, apart: without --validate")
     parser.add_argument("--plot", type=Path, help="the table as a picture")
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--count", type=int, default=24, help="random recipes of each size")
     parser.add_argument("--spanning", type=int, default=40)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--gpu-layers", type=int, default=0, help="-1: all")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -87,19 +92,20 @@ def main() -> int:
 
 
 class Bench:
-    """The space, and two validators: one judges on held-out text, one chooses on the probe text."""
+    """The space, and two validators: one judges on held-out text, one chooses on the validation text."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.held = options, ExitStack()
-        self.session = SessionOptions(threads=options.threads)
+        self.session = SessionOptions(threads=options.threads, gpu_layers=options.gpu_layers)
         self.model = self.held.enter_context(open_model(options.model))
         matrix = self.held.enter_context(Importance.read(options.imatrix))
-        self.measured = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
+        self.measured, _ = sensitivities_of(self.model, options.sensitivity, options.imatrix, session=self.session)
         costs = CostModel.from_sensitivities(self.measured)
         self.space = make_space(self.model, costs, importance=matrix)
         self.judge = self._validator(matrix, self._reference())
         self.chooser = self._validator(matrix, None)
         self.chooser.keep = False
+        self.left_out: list[str] = []
 
     def __enter__(self) -> Bench:
         return self
@@ -108,11 +114,12 @@ class Bench:
         self.held.close()
 
     def _validator(self, matrix: Importance, reference: Path | None) -> Validator:
-        folder = self.options.work / ("heldout" if reference else "probe")
+        folder = self.options.work / ("heldout" if reference else "validation")
         folder.mkdir(exist_ok=True)
         return Validator(
             self.model, folder, matrix, self.options.imatrix, PlanOptions(), reference=reference, session=self.session,
             threads=self.options.threads, chunks=self.options.chunks if reference else None, keep=False,
+            ctx=int(self.measured.settings.get("ctx", CTX)),
         )  # fmt: skip
 
     def _reference(self) -> Path:
@@ -128,88 +135,110 @@ class Bench:
         """The measured allocation of at most `target` bytes, and how it was chosen."""
         made: dict[str, Predicted] = {"optimum": self.space.fit(target)}
         made["smoothed"] = self._repredicted(smoothed(self.space), target)
-        made["apart"] = self._repredicted(self._apart(), target)
+        made["apart"] = self._repredicted(parted(self.space), target)
         if not self.options.validate:
             return self.options.ours, made[self.options.ours]
-        best, _ = best_of(self.chooser.measure(made))
+        best = best_of(self.chooser.measure(made))
         return best.name, best.file
-
-    def _apart(self) -> Space:
-        return make_space(
-            self.model, self.space.costs, importance=self.space.importance, constraints=Constraints(equal=())
-        )
 
     def _repredicted(self, space: Space, target: int) -> Predicted:
         return self.space.predicted(space.fit(target).plan)
 
     def table(self) -> dict[str, Any]:
-        """Each rival and ours at no more bytes."""
-        started, recipes, chosen = time.monotonic(), {}, {}
-        rivals = self.options.rivals.split(",")
-        for rival in rivals:
-            planned = baselines.tier_plan(self.space, rival)
-            size = planned.total_bytes
-            recipes[rival] = self.space.predicted(planned)
-            if rival in TIERS:
-                recipes[f"hand@{rival}"] = self.space.predicted(baselines.hand_recipe(self.space, size))
-                errors = baselines.error_only(self.space, self.measured, size)
-                recipes[f"error@{rival}"] = self.space.predicted(errors.plan)
-            chosen[rival], recipes[f"ours@{rival}"] = self.ours(size)
-            say(f"{rival}: {size} bytes, ours is the {chosen[rival]}")
-        found = dict(zip(recipes, self.judge.measure(recipes), strict=True))
-        rows = []
-        for rival in rivals:
-            mine = found[f"ours@{rival}"]
-            rows.append(row(f"ours ({chosen[rival]})", mine, None))
-            for name in (rival, f"hand@{rival}", f"error@{rival}"):
-                if name in found:
-                    rows.append(row(name, found[name], mine))
+        """Each rival and ours at no more bytes; a size at a time, so that lines appear as they are measured."""
+        started, rows = time.monotonic(), list[dict[str, Any]]()
         print(HEAD)
-        for one in rows:
-            print(one["line"])
+        for rival in self.options.rivals.split(","):
+            planned = baselines.tier_plan(self.space, rival)
+            how, mine = self.ours(planned.total_bytes)
+            recipes = {f"ours@{rival} ({how})": mine, rival: self.space.predicted(planned)}
+            if rival in TIERS:
+                recipes |= self.others(rival, planned.total_bytes)
+            say(f"{rival}: {planned.total_bytes} bytes, {', '.join(recipes)}")
+            found = dict(zip(recipes, self.judge.measure(recipes), strict=True))
+            ours = next(iter(found.values()))
+            for name, one in found.items():
+                rows.append(row(name, one, None if one is ours else ours))
+                print(rows[-1]["line"], flush=True)
         if self.options.plot is not None:
             plot(rows, self.model.path.stem, self.options.plot)
-        return {"rows": rows, "seconds": time.monotonic() - started, "settings": {"ctx": CTX, **plain(self.options)}}
+        return {
+            "rows": rows,
+            "left_out": self.left_out,
+            "seconds": time.monotonic() - started,
+            "settings": {"ctx": CTX, **plain(self.options)},
+        }
+
+    def others(self, rival: str, size: int) -> dict[str, Predicted]:
+        """The hand recipes and allocation by error alone of at most `size` bytes."""
+        found: dict[str, Predicted] = {}
+        try:
+            literal = self.space.predicted(baselines.hand_recipe(self.space, size))
+            found[f"hand@{rival} ({baselines.ALWAYS[0]})"] = literal
+        except UsageError as error:
+            self.left_out.append(f"{rival}: {error.message}")
+            say(self.left_out[-1])
+        always, best = baselines.hand_family(self.space, size)
+        found[f"hand family@{rival} ({always})"] = best
+        errors = baselines.error_only(self.space, self.measured, size)
+        found[f"error@{rival}"] = self.space.predicted(errors.plan)
+        return found
 
     def random(self) -> dict[str, Any]:
         """Predictions against truth over random recipes."""
-        errors = make_space(self.model, baselines.ErrorCosts.of(self.measured), importance=self.space.importance)
+        drawn = baselines.drawing_space(self.space)
+        by_rows = baselines.ErrorCosts.of(self.measured, self.model)
+        alike = replace(by_rows, weights=dict.fromkeys(by_rows.weights, 1.0))
         recipes: dict[str, Predicted] = {}
         sizes = [baselines.tier_plan(self.space, tier).total_bytes for tier in ("i-balanced", "i-compact", "micro")]
         for size in sizes:
             for number in range(self.options.count):
-                planned = baselines.random_recipe(self.space, size, seed=number)
+                planned = baselines.random_recipe(drawn, size, seed=number)
                 recipes[f"{size}/{number}"] = self.space.predicted(planned)
-        for number, size in enumerate(baselines.random_sizes(self.space, self.options.spanning, seed=0)):
-            planned = baselines.random_recipe(self.space, size, seed=1000 + number, spread=1.0, tolerance=0.03)
+        for number, size in enumerate(baselines.random_sizes(drawn, self.options.spanning, seed=0)):
+            planned = baselines.random_recipe(drawn, size, seed=1000 + number, spread=1.0, tolerance=0.03)
             recipes[f"span/{number}"] = self.space.predicted(planned)
         say(f"{len(recipes)} recipes")
-        # what rounding of activations costs in the backend, whatever the weights: of the nearly perfect Q8_0 file
+        # the nearly perfect file: what it diverges by is rounding of activations, on the text that judges
         recipes["Q8_0"] = self.space.predicted(baselines.tier_plan(self.space, "Q8_0"))
-        found = dict(zip(recipes, self.judge.measure(recipes), strict=True))
-        floor = found["Q8_0"].value - found["Q8_0"].file.predicted
-        print("floor", floor)
-        document: dict[str, Any] = {"floor": floor, "recipes": {name: one.to_json() for name, one in found.items()}}
+        found = self.judged(recipes)
+        rounding, nearly = CostModel.from_sensitivities(self.measured).rounding, found["Q8_0"]
+        document: dict[str, Any] = {
+            "rounding": rounding,
+            "Q8_0": {"predicted": nearly.file.predicted, "measured": nearly.kld},
+            "recipes": {name: one.to_json() for name, one in found.items()},
+        }
+        print(f"rounding {rounding:.5f}; Q8_0: predicted {nearly.file.predicted:.5f}, measured {nearly.value:.5f}")
         for group in [*map(str, sizes), "span"]:
             mine = [one for name, one in found.items() if name.startswith(f"{group}/")]
             if len(mine) < 3:
                 continue
             true = [one.value for one in mine]
             predicted = [one.file.predicted for one in mine]
-            alone = [errors.predicted(one.file.plan).predicted for one in mine]
-            stats = {
-                "n": len(mine), "rank": spearman(predicted, true), "rank_error_only": spearman(alone, true),
-                "median_ratio": float(np.median(np.divide(true, predicted))),
-            }  # fmt: skip
+            stats: dict[str, Any] = {"n": len(mine), "rank": ranked(predicted, true)}
+            for what, costs in (("rows", by_rows), ("tensors_alike", alike)):
+                alone = [error_of(costs, one.file) for one in mine]
+                stats[f"rank_error_only_{what}"] = ranked(alone, true)
+            stats["median_ratio"] = float(np.median(np.divide(true, predicted)))
             small = [(p, t) for p, t in zip(predicted, true, strict=True) if t < 0.3]
             if small:
                 stats["below_0.3"] = len(small)
-                for what, more in (("", 0.0), ("_with_floor", floor)):
-                    off = [abs((p + more) / t - 1) for p, t in small]
+                for what, less in (("", 0.0), ("_without_rounding", rounding)):
+                    off = [abs((p - less) / t - 1) for p, t in small]
                     stats[f"median_relative_error_below_0.3{what}"] = float(np.median(off))
             document[group] = stats
             print(group, json.dumps(stats))
         return document
+
+    def judged(self, recipes: dict[str, Predicted]) -> dict[str, Candidate]:
+        """Measured on held-out text, a few files at a time, so that they need little room and an end loses little."""
+        found: dict[str, Candidate] = {}
+        names = list(recipes)
+        for start in range(0, len(names), AT_ONCE):
+            part = {name: recipes[name] for name in names[start : start + AT_ONCE]}
+            found |= dict(zip(part, self.judge.measure(part), strict=True))
+            say(f"{len(found)} of {len(names)}")
+        return found
 
 
 def row(name: str, one: Candidate, mine: Candidate | None) -> dict[str, Any]:
@@ -247,8 +276,9 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     kinds = {
         "ours": ("measured allocation", "o", "#0072b2"), "tier": ("APEX tiers", "s", "#d55e00"),
-        "mix": ("llama.cpp's mixes", "^", "#009e73"), "hand": ("hand recipe", "v", "#8a8a8a"),
-        "error": ("error alone", "x", "#cc79a7"),
+        "mix": ("llama.cpp's mixes", "^", "#009e73"), "hand": ("hand recipe as published", "v", "#8a8a8a"),
+        "hand family": ("best of the hand recipe's family", "v", "#444444"),
+        "error": ("error alone, by rows", "x", "#cc79a7"),
     }  # fmt: skip
     for kind, (label, mark, colour) in kinds.items():
         mine = sorted((one for one in rows if kind_of(one["name"]) == kind), key=lambda one: one["total_bytes"])
@@ -274,8 +304,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def kind_of(name: str) -> str:
     """Which kind of recipe a row of the table is about."""
-    first = name.split("@")[0].split(" ")[0]
-    return first if first in ("ours", "hand", "error") else "tier" if name in TIERS else "mix"
+    first, at, _ = name.partition("@")
+    return first if at else "tier" if name in TIERS else "mix"
 
 
 def tail(mine: Candidate, one: Candidate) -> dict[str, float | None]:
@@ -297,10 +327,24 @@ def tail(mine: Candidate, one: Candidate) -> dict[str, float | None]:
     return {"value": value, "low": low, "high": high, "n": x.size}
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
+def ranked(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Spearman's rank correlation and its 95 % interval: recipes are drawn again, with replacement."""
+    from scipy.stats import rankdata
 
-    return float(spearmanr(a, b).statistic)
+    def correlation(places: Any) -> Any:
+        ranks = [rankdata(np.asarray(one)[places], axis=-1) for one in (a, b)]
+        x, y = (each - each.mean(axis=-1, keepdims=True) for each in ranks)
+        return (x * y).sum(axis=-1) / np.sqrt(np.square(x).sum(axis=-1) * np.square(y).sum(axis=-1))
+
+    every = np.arange(len(a))
+    drawn = correlation(np.random.default_rng(0).choice(every, (DRAWS, len(a))))
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"value": float(correlation(every)), "low": float(low), "high": float(high)}
+
+
+def error_of(costs: baselines.ErrorCosts, file: Predicted) -> float:
+    """What error alone says of a recipe."""
+    return sum(costs.cost(name, kind.name) for name, kind in file.types.items() if name in costs.errors)
 
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -144,10 +144,11 @@ def describe(directory: str | Path) -> Checkpoint:
     weight_bytes = sum((path / name).stat().st_size for name in shards if (path / name).is_file())
     vision = any(config.get(key) for key in ("vision_config", "vision_encoder", "visual", "mm_vision_tower"))
     remote = _remote_code(path, config)
+    whole, language = architectures(config)
     found = Checkpoint(
         path=path,
-        architecture=_architecture(config),
-        text_architecture=_architecture(text) or _architecture(config),
+        architecture=whole,
+        text_architecture=language,
         model_type=str(text.get("model_type") or config.get("model_type") or ""),
         layers=layers,
         experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -194,6 +195,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds no JSON object")
     return found
+
+
+def architectures(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What a config.json calls the model, and its language model; '' where it does not."""
+    return _architecture(config), _architecture(text_config(config)) or _architecture(config)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

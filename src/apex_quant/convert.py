@@ -14,21 +14,21 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from apex_quant.checkpoint import OUTTYPES, READ_METHODS, Checkpoint, describe
-from apex_quant.converter_python import ConverterPython, find_python
+from apex_quant.converter_python import HIDDEN, ConverterPython, find_python
 from apex_quant.converter_source import Converter, find_converter
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf import AtomicFile, open_model
+from apex_quant.hub import HUB_ID
 
 __all__ = ["Checkpoint", "Conversion", "ConvertProgress", "convert", "describe"]
 
 _CHILD: Final = Path(__file__).with_name("converter_child.py")
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _PRE: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LAST_LINES: Final = 40
 _MAX_LINE: Final = 64 << 10
@@ -106,7 +106,7 @@ def convert(
         raise UsageError(f"--pre {pre!r} is no name of a splitting rule such as qwen35 or llama-bpe")
     if out is not None:
         _check_target(Path(out), force)
-    is_local = Path(source).exists() or not _HUB_ID.fullmatch(str(source))
+    is_local = Path(source).exists() or not HUB_ID.fullmatch(str(source))
     if is_local and revision is not None:
         raise UsageError("--revision concerns a download, and the source is a directory")
     found = describe(source) if is_local else None  # a wrong directory is said before needs are
@@ -166,9 +166,16 @@ def check(checkpoint: Checkpoint, converter: Converter, *, mmproj: bool = False)
             f"{where}: is quantized with {method}, which the converter does not read",
             hint="convert the original, unquantized checkpoint",
         )
+    check_architecture(where, (checkpoint.architecture, checkpoint.text_architecture), converter, mmproj=mmproj)
+
+
+def check_architecture(
+    where: str | Path, architectures: Sequence[str], converter: Converter, *, mmproj: bool = False
+) -> None:
+    """Refuse a model that the converter's table does not have, by what its config.json calls it. InputError."""
     known = converter.architectures(mmproj=mmproj)
     # which of the two names counts depends on the architecture
-    names = [name for name in (checkpoint.architecture, checkpoint.text_architecture) if name]
+    names = [name for name in architectures if name]
     if known and names and not known.intersection(names):
         what = "has no projector converter for" if mmproj else "does not convert"
         raise InputError(
@@ -206,8 +213,7 @@ class _Run:
             "without_nextn": self.checkpoint.without_nextn,
         }
         env = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", HF_HUB_OFFLINE="1")
-        # ours must not be what it imports
-        for name in ("PYTHONPATH", "PYTHONHOME", "NO_LOCAL_GGUF"):
+        for name in HIDDEN:
             env.pop(name, None)
         process = subprocess.Popen(
             [str(self.python), str(_CHILD), json.dumps(options), *arguments],

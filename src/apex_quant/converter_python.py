@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from apex_quant.converter_source import cache_folder
+from apex_quant.cache import cache_folder
 from apex_quant.errors import ResourceError, UsageError
+from apex_quant.other_python import code_command
 
 VARIABLE: Final = "APEX_CONVERT_PYTHON"
+HIDDEN: Final = ("PYTHONPATH", "PYTHONHOME", "NO_LOCAL_GGUF")
+"""Variables that the converter's Python does not see: our modules must not be what it imports."""
 # module -> what pip calls it
 NEEDS: Final = {
     "torch": "torch",
@@ -75,9 +78,12 @@ def environment_folder() -> Path:
 def probe(path: str | Path) -> ConverterPython:
     """What an interpreter has. UsageError when it is none."""
     # the name is kept as given: a virtual environment's python is a link, and what it resolves to is another one
-    command = [os.fspath(path), "-c", _PROBE, json.dumps(NEEDS)]
+    command = code_command(path, _PROBE, json.dumps(NEEDS))
+    env = {name: value for name, value in os.environ.items() if name not in HIDDEN}
     try:
-        ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        ran = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=env
+        )
         return ConverterPython(Path(path), json.loads(ran.stdout))
     except (OSError, ValueError):
         raise UsageError(
@@ -128,9 +134,9 @@ def set_up(*, say: Say = print) -> ConverterPython:
         )
     shutil.rmtree(folder, ignore_errors=True)  # half made by an interrupted run
     say(f"making an environment for the converter in {folder}")
-    _run([sys.executable, "-m", "venv", str(folder)], say)
+    _run([sys.executable, "-P", "-m", "venv", str(folder)], say)
     python = _python_of(folder)
-    _run([str(python), "-m", "pip", "--disable-pip-version-check", "install", *NEEDS.values()], say)
+    _run([str(python), "-P", "-m", "pip", "--disable-pip-version-check", "install", *NEEDS.values()], say)
     found = probe(python)
     if found.missing:
         raise ResourceError(f"{folder}: still lacks {', '.join(found.missing)}")
@@ -160,4 +166,4 @@ def _run(command: list[str], say: Say) -> None:
         raise
     if status:
         why = next((line for line in reversed(last) if "error" in line.lower()), " ".join(last)[-300:])
-        raise ResourceError(f"{' '.join(command[1:5])} failed: {why}", hint="is there a network, or a package index?")
+        raise ResourceError(f"{' '.join(command[2:6])} failed: {why}", hint="is there a network, or a package index?")

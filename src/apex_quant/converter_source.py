@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from apex_quant.cache import cache_folder
 from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.version import LIBRARY, LIBRARY_VERSION
 
@@ -71,12 +72,6 @@ class Converter:
         return frozenset()
 
 
-def cache_folder() -> Path:
-    """XDG_CACHE_HOME/apex-quant, where absent ~/.cache/apex-quant. Not created."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "apex-quant"  # noqa: PTH117
-
-
 def find_converter(*, sdist: str | Path | None = None, sha256: str | None = None, say: Say = print) -> Converter:
     """The converter, from LLAMA_CPP_DIR, the cache, or a download of about 76 MB by pip.
 
@@ -93,7 +88,7 @@ def find_converter(*, sdist: str | Path | None = None, sha256: str | None = None
     expected = sha256 or SDIST_SHA256.get(LIBRARY_VERSION)
     if expected is None:
         raise ResourceError(f"no source hash is known for {LIBRARY} {LIBRARY_VERSION}", hint="set LLAMA_CPP_DIR")
-    target = cache_folder() / f"converter-{LIBRARY_VERSION}-{expected[:12]}"
+    target = _unpacked(expected)
     found = Converter(target, f"{LIBRARY} {LIBRARY_VERSION}", pinned=True)
     if not _intact(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +97,17 @@ def find_converter(*, sdist: str | Path | None = None, sha256: str | None = None
             unpack(archive, expected, Path(scratch) / "new")
             _put_in_place(Path(scratch) / "new", target)
     return found
+
+
+def unpacked_converter() -> Converter | None:
+    """The same where nothing has to be downloaded for it. Raises UsageError for a wrong LLAMA_CPP_DIR."""
+    expected = SDIST_SHA256.get(LIBRARY_VERSION)
+    there = expected is not None and _intact(_unpacked(expected))
+    return find_converter() if os.environ.get("LLAMA_CPP_DIR") or there else None
+
+
+def _unpacked(sha256: str) -> Path:
+    return cache_folder() / f"converter-{LIBRARY_VERSION}-{sha256[:12]}"
 
 
 def _intact(folder: Path) -> bool:
@@ -135,7 +141,7 @@ def _download(folder: Path, sha256: str, say: Say) -> Path:
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{LIBRARY}=={LIBRARY_VERSION} --hash=sha256:{sha256}\n")
     options = ["--no-deps", "--no-binary", LIBRARY, "--require-hashes", "-r", str(wanted), "-d", str(folder)]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options]
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "download", "--quiet", *options]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     archive = next(folder.glob("*.tar.gz"), None)
     if ran.returncode or archive is None:

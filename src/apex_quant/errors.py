@@ -58,11 +58,13 @@ class BusyError(ResourceError):
 
 
 class NativeError(ApexError):
-    """The native library failed or ended its process. Carries its last log lines."""
+    """The native library failed or ended its process. Carries its last log lines, and the number of the signal that
+    ended the process, None where it ended by itself."""
 
-    def __init__(self, message: str, log_tail: str = "", hint: str | None = None) -> None:
+    def __init__(self, message: str, log_tail: str = "", hint: str | None = None, *, signal: int | None = None) -> None:
         super().__init__(message, hint)
         self.log_tail = log_tail
+        self.signal = signal
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from apex_quant.errors import InputError, ResourceError, UsageError
+from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.hub_access import cache_folder, explained, library, missing_repository, rest, retried
 
-_SHARD: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_BASELINE: Final = re.compile(r"(?P<repo>[^:@]+)(?:@(?P<revision>[^:]+))?:(?P<pattern>[^:]+)(?::(?P<label>.+))?")
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+"""ORG/NAME."""
+BASELINE: Final = re.compile(
+    r"(?P<repo>[^:@\s]+/[^:@\s]+)(?:@(?P<revision>[^:\s]+))?:(?P<pattern>[^:]+)(?::(?P<label>.+))?"
+)
+"""REPO[@REVISION]:PATTERN[:LABEL]."""
 _SPARE: Final = 64 << 20  # bytes of disk left over, for what other programs write meanwhile
 
 
@@ -215,7 +220,7 @@ def baseline_files(
     Shards count as one model. Several models are labelled 'LABEL NAME'; the default label is REPO. Raises UsageError
     for another form, InputError when nothing fits or shards are missing, and as `download`.
     """
-    found = _BASELINE.fullmatch(spec)
+    found = BASELINE.fullmatch(spec)
     if found is None:
         raise UsageError(
             f"{spec!r} is not REPO:PATTERN:LABEL", hint="such as 'unsloth/Qwen3-30B-A3B-GGUF:*-Q4_K_M*:unsloth'"
@@ -228,13 +233,13 @@ def baseline_files(
     for name in sorted(names):
         base = name.split("/")[-1].lower()
         if "imatrix" not in base and not base.startswith("mmproj"):
-            shard = _SHARD.fullmatch(name)
+            shard = SHARD_NAME.fullmatch(name)
             models.setdefault(shard["prefix"] if shard else name.removesuffix(".gguf"), []).append(name)
     if not models:
         known = ", ".join(f.path for f in there.files if f.path.endswith(".gguf"))[:300] or "no GGUF file"
         raise InputError(f"{spec}: no GGUF model of {repo} fits {found['pattern']}", hint=f"it holds {known}")
     for name, shards in models.items():
-        shard = _SHARD.fullmatch(shards[0])
+        shard = SHARD_NAME.fullmatch(shards[0])
         if shard and len(shards) != int(shard["count"]):
             raise InputError(f"{spec}: {len(shards)} of {int(shard['count'])} shards of {name} fit the pattern")
     paths = [path for shards in models.values() for path in shards]

@@ -24,6 +24,7 @@ from apex_quant.checkpoint import describe, read_json, text_config
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf.types import GGMLType, ggml_type
 from apex_quant.model import ModelFacts, Role, TensorRole, zone_rule
+from apex_quant.other_python import code_command, file_command
 from apex_quant.recipe.mixes import MIXES, mix_name
 from apex_quant.recipe.tiers import Tier, find_tier, tier_names
 
@@ -42,7 +43,7 @@ _ROLES: Final = (
 _LAYER: Final = r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\."
 _ROUTER: Final = {"bits": 8, "group_size": 64}  # as mlx-lm's own models ask for
 _LAST_LINES: Final = 20
-_PROBE: Final = "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in ('mlx', 'mlx_lm')))"
+_PROBE: Final = "import importlib.util as u; sys.exit(any(u.find_spec(n) is None for n in ('mlx', 'mlx_lm')))"
 
 
 class MlxBits(NamedTuple):
@@ -182,7 +183,7 @@ def program(table: dict[str, Any]) -> str:
 def _run(directory: Path, target: Path, program: Path, python: str | Path | None, say: Callable[[str], None]) -> None:
     executable = os.fspath(python or os.environ.get("APEX_MLX_PYTHON") or sys.executable)
     try:
-        there = subprocess.run([executable, "-c", _PROBE], stdin=subprocess.DEVNULL, capture_output=True)
+        there = subprocess.run(code_command(executable, _PROBE), stdin=subprocess.DEVNULL, capture_output=True)
     except OSError as error:
         raise UsageError(f"{executable}: is not a working Python: {error.strerror}") from None
     if there.returncode:
@@ -195,7 +196,7 @@ def _run(directory: Path, target: Path, program: Path, python: str | Path | None
     shutil.rmtree(partial, ignore_errors=True)
     last: deque[str] = deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
-        [executable, str(program.resolve()), str(directory.resolve()), str(partial.resolve())],
+        file_command(executable, program.resolve(), str(directory.resolve()), str(partial.resolve())),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,6 +16,7 @@ from typing import Any, Final, Literal
 from apex_quant.encode.journal import Journal
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import GGUFModel, open_model
+from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.recipe.metadata import DATA_HASH
 
@@ -24,7 +24,9 @@ MOST_BYTES: Final = 48_000_000_000  # of one file: the hub's web downloads end a
 MOST_FILES: Final = 10_000
 _MOST_JSON: Final = 256 << 20
 QUARANTINE: Final = ".quarantine.json"
+_CHECKING: Final = (".verify", ".evaluate")  # phases of `apex run` that leave a note each
 SUMS: Final = "SHA256SUMS"
+_STATE, _RELEASE = "state.json", "release"  # of `apex run`, and the folder in it that is published
 
 Kind = Literal["model", "projector", "imatrix", "recipe", "results", "report", "card", "sums"]
 # first match wins; of the path inside the folder, lower case
@@ -42,7 +44,6 @@ _KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("*.json", "results"),
     ("*.npz", "results"),
 )
-_SHARD: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NEVER: Final = (".partial", ".journal", QUARANTINE, ".next", ".lock", ".tmp")
 
 
@@ -77,21 +78,27 @@ class Publishable:
 def publishable(directory: str | Path) -> Publishable:
     """List what a folder has to publish. Reads headers only; `verify` the models before they leave.
 
-    Raises UsageError for no folder, one without anything to publish, or files over 48 GB; InputError for models that
-    are quarantined, unfinished or not what their journal says, all of them named in one message.
+    Raises UsageError for no folder, that of a run (its release lies a level below), one without anything to publish,
+    or files over 48 GB; InputError for models that are quarantined, unfinished or not what their journal says, all of
+    them named in one message.
     """
     root = Path(directory)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder", hint="apex publish takes the folder with the files to publish")
+    if (root / _STATE).is_file() and (root / _RELEASE).is_dir():
+        raise UsageError(
+            f"{root} is the folder of a run: what it publishes lies in {root / _RELEASE}",
+            hint=f"apex publish {root / _RELEASE} ORG/NAME; or --phase publish of the run itself",
+        )
     files, left_out = _listed(root)
     models, others = _models(files)
     files = [replace(file, kind=others.get(file.path, file.kind)) for file in files]
     files, unproven = _results_only(files)
     left_out += unproven
     whole = {model.paths[0] for model in models if len(model.paths) == 1}
-    cut = {f"{_SHARD.fullmatch(model.paths[0])['prefix']}.gguf" for model in models if len(model.paths) > 1}  # type: ignore[index]
-    # a file that is too large stays here when its shards are beside it
-    replaced = {file.path for file in files if file.path in whole & cut and file.bytes > MOST_BYTES}
+    cut = {f"{SHARD_NAME.fullmatch(model.paths[0])['prefix']}.gguf" for model in models if len(model.paths) > 1}  # type: ignore[index]
+    # a file stays here when its shards are beside it
+    replaced = {file.path for file in files if file.path in whole & cut}
     left_out += sorted(f"{path} (its shards are published)" for path in replaced)
     files = [file for file in files if file.path not in replaced]
     models = [model for model in models if model.paths[0] not in replaced]
@@ -136,7 +143,7 @@ def _models(files: list[LocalFile]) -> tuple[list[Model], dict[str, Kind]]:
     groups: dict[str, list[LocalFile]] = {}
     for file in files:
         if file.kind == "model":
-            shard = _SHARD.fullmatch(file.path)
+            shard = SHARD_NAME.fullmatch(file.path)
             groups.setdefault(f"{shard['prefix']}/{shard['count']}" if shard else file.path, []).append(file)
     models: list[Model] = []
     others: dict[str, Kind] = {}
@@ -213,9 +220,10 @@ def _problem(model: Model, files: dict[str, LocalFile]) -> str | None:
     """Why this model is not published, by what lies beside it and its header; None when nothing speaks against it."""
     folder = model.first.parent
     for name in _names(model):
-        note = folder / (name + QUARANTINE)
-        if note.exists():
-            return f"quarantined: {_quarantine_reason(note)}"
+        for phase in ("", *_CHECKING):
+            note = folder / (name + phase + QUARANTINE)
+            if note.exists():
+                return f"quarantined: {_quarantine_reason(note)}"
     journals = [Journal(path.with_name(path.name.removesuffix(".journal"))) for path in folder.glob("*.journal")]
     for journal in journals:
         journal.load()
@@ -235,7 +243,7 @@ def _problem(model: Model, files: dict[str, LocalFile]) -> str | None:
 def _names(model: Model) -> list[str]:
     """File names that a quarantine note may bear: of each file and of the whole, with and without .gguf."""
     names = [Path(path).name for path in model.paths]
-    names += [found["prefix"] for name in names[:1] if (found := _SHARD.fullmatch(name)) is not None]
+    names += [found["prefix"] for name in names[:1] if (found := SHARD_NAME.fullmatch(name)) is not None]
     stems = [name.removesuffix(".gguf") for name in names]
     return list(dict.fromkeys([*names, *stems, *(f"{stem}.gguf" for stem in stems)]))
 

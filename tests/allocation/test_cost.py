@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apex_quant.allocation.cost import CostModel, Exponents
-from apex_quant.allocation.sensitivity import SCHEMA, Sensitivities
+from apex_quant.allocation.sensitivity import SCHEMA, Joint, Sensitivities
 from apex_quant.errors import InputError
 
 TYPES = {"Q8_0": 3e-5, "Q6_K": 3e-4, "Q5_K": 1.2e-3, "Q4_K": 5e-3, "Q3_K": 2e-2, "Q2_K": 7e-2}
@@ -89,7 +89,6 @@ def test_without_joint_probes_costs_are_nats_that_add_up() -> None:
     assert model.cost(name, "q5_k") == pytest.approx(probe.kld * ratio)
     recipe = dict.fromkeys(NAMES, "Q3_K")
     assert model.predict(recipe) == pytest.approx(sum(g.probes[0].kld for g in found.groups))
-    assert model.uncertainty(recipe) == pytest.approx(math.sqrt(sum((g.probes[0].kld / 10) ** 2 for g in found.groups)))
 
 
 def test_a_constant_factor_becomes_the_curve() -> None:
@@ -132,7 +131,36 @@ def test_what_is_not_known() -> None:
         with pytest.raises(InputError, match="not measured"):
             model.cost(name, kind)
     assert model.total({NAMES[0]: "Q2_K", "norm": "F32"}) == 0
-    assert model.predict({}) == model.uncertainty({}) == model.corrected(0.0) == 0
+    assert model.predict({}) == model.corrected(0.0) == 0
+
+
+def test_rounding_is_added_to_every_quantized_file() -> None:
+    """What a Q8_0 file diverges by beyond its prediction."""
+    found, _ = measured(joints=0)
+    plain = CostModel.from_sensitivities(found)
+    types = dict.fromkeys(NAMES, "Q8_0")
+    file = Joint(name="Q8_0 file", types=types, kld=plain.predict(types) + 0.003, error=1e-4, n=8)
+    model = CostModel.from_sensitivities(found.model_copy(update={"rounding": file}))
+    assert model.rounding == pytest.approx(0.003)
+    recipe = dict.fromkeys(NAMES, "Q4_K")
+    assert model.predict(recipe) == pytest.approx(plain.predict(recipe) + 0.003)
+    assert model.corrected(0.0) == 0
+    lucky = file.model_copy(update={"kld": 0.0})
+    assert CostModel.from_sensitivities(found.model_copy(update={"rounding": lucky})).rounding == 0
+
+
+def test_one_high_probe_does_not_lift_all_larger_ones() -> None:
+    """The curve is the nearest one that never falls, not the highest value so far."""
+    found, _ = measured(joints=9)
+    klds = [one.kld for one in found.joint]
+    order = sorted(range(9), key=lambda i: klds[i])
+    high = order[3]
+    joint = [one.model_copy(update={"kld": one.kld * (20 if i == high else 1)}) for i, one in enumerate(found.joint)]
+    model = CostModel.from_sensitivities(found.model_copy(update={"joint": joint}), exponents=Exponents())
+    above = found.joint[order[4]]
+    assert model.predict(above.types) < 20 * klds[high]
+    last = found.joint[order[-1]]
+    assert model.predict(last.types) == pytest.approx(last.kld, rel=0.3)
 
 
 @settings(max_examples=40, deadline=None)

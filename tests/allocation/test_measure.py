@@ -11,10 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
+from gguf.quants import quantize as quantize_rows
 from rich.console import Console
 
-from apex_quant import SessionOptions, embedded_model, evaluate
+from apex_quant import SessionOptions, embedded_model, evaluate, quantize
 from apex_quant.allocation import sensitivity
 from apex_quant.allocation.groups import (
     GroupPlan,
@@ -31,6 +32,7 @@ from apex_quant.allocation.sensitivity import Joint, Sensitivities
 from apex_quant.cli.measure import MeasureBar, parse_time, show_sensitivities
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.gguf import open_model
+from apex_quant.recipe.planned import PlanOptions
 from apex_quant.text import heldout, render
 
 ONE = SessionOptions(threads=1)
@@ -55,7 +57,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(out: Path, text: Path, **changed: Any) -> Sensitivities:
     asked: dict[str, Any] = {
         "groups": "role", "types": [KIND], "candidates": ["Q8_0", KIND], "joint": 0, "tokens": 4 * CTX, "ctx": CTX,
-        "text": [text], "options": ONE,
+        "text": [text], "options": ONE, "rounding": False,
     }  # fmt: skip
     return measure(embedded_model(), out=out, **{**asked, **changed})
 
@@ -97,8 +99,8 @@ def test_the_same_as_evaluating_a_file(measured: Sensitivities, text: Path, tmp_
         for name in group.tensors:
             info = model.tensors[name]
             rows = dequantize(np.frombuffer(model.read(info), np.uint8), gguf.GGMLQuantizationType.BF16)
-            blocks = quantize(rows.reshape(-1, info.shape[0]), gguf.GGMLQuantizationType.Q4_0)
-            back = quantize(dequantize(blocks, gguf.GGMLQuantizationType.Q4_0), gguf.GGMLQuantizationType.BF16)
+            blocks = quantize_rows(rows.reshape(-1, info.shape[0]), gguf.GGMLQuantizationType.Q4_0)
+            back = quantize_rows(dequantize(blocks, gguf.GGMLQuantizationType.Q4_0), gguf.GGMLQuantizationType.BF16)
             out.seek(info.offset)
             out.write(back.tobytes())
     made = evaluate(
@@ -144,6 +146,44 @@ def test_interrupted_and_resumed(measured: Sensitivities, text: Path, tmp_path: 
         run(out, text, tokens=5 * CTX)
 
 
+def test_another_measurements_journal_is_not_discarded(text: Path, tmp_path: Path) -> None:
+    """Hours of probes would be lost by one changed option."""
+    out, journal = tmp_path / "s.json", tmp_path / "s.json.probes"
+    kept = Journal(journal, "another")
+    kept.add({"chunks": 3})
+    kept.add({"key": "a", "kld": 1.0})
+    before = journal.read_bytes()
+    with pytest.raises(UsageError, match="interrupted run of another measurement"):
+        run(out, text, tokens=CTX)
+    assert journal.read_bytes() == before
+    assert run(out, text, tokens=CTX, force=True).groups
+    assert not journal.exists()
+
+
+def test_rounding_is_that_of_a_file(measured: Sensitivities, text: Path, tmp_path: Path) -> None:
+    """A uniform Q8_0 file as evaluate() measures it; the file is gone, and the row survives an interruption."""
+
+    def stop(event: MeasureProgress) -> None:
+        if event.what == "probes":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s.json", text, rounding=True, progress=stop)
+    kept = (tmp_path / "s.json.probes").read_text()
+    assert kept.count('"file|Q8_0"') == 1
+    found = run(tmp_path / "s.json", text, rounding=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+    assert found.groups == measured.groups
+    assert found.rounding is not None
+    assert set(found.rounding.types.values()) == {"Q8_0"}
+    pure = PlanOptions(pure=True)
+    file = quantize(embedded_model(), "Q8_0", out=tmp_path / "q8.gguf", options=pure).outputs[0].path
+    made = evaluate(
+        file, reference=embedded_model(), text=[text], ctx=CTX, chunks=4, scored="all", only=["kld"], options=ONE
+    )
+    assert found.rounding.kld == pytest.approx(made.metrics["kld"]["mean"]["value"], rel=0.02)
+
+
 @pytest.mark.slow
 def test_a_budget(text: Path, tmp_path: Path) -> None:
     """Less text, then fewer probes; what is missing is said and estimated; later the rest is measured."""
@@ -153,7 +193,10 @@ def test_a_budget(text: Path, tmp_path: Path) -> None:
     assert not short.settings["complete"]
     kinds = [probe.kind for group in short.groups for probe in group.probes]
     assert kinds.count("real") >= 1
-    assert kinds.count("estimated") == len(short.groups) - kinds.count("real")
+    assert kinds.count("estimated") + kinds.count("guessed") == len(short.groups) - kinds.count("real")
+    for group in short.groups:  # what stands for a group is of its role, or says that nothing does
+        if group.probes[0].kind == "estimated":
+            assert any(g.probes[0].kind == "real" and g.role == group.role for g in short.groups)
     assert any("the budget ended" in warning for warning in short.warnings)
     assert read_journal(tmp_path / "s.json.probes", short.settings["spec"])[0]
 
@@ -168,6 +211,7 @@ def test_refused(text: Path, tmp_path: Path) -> None:
         ({"types": []}, "no type to probe"),
         ({"tokens": 10}, "at least one context"),
         ({"budget": -1.0}, "at least one context"),
+        ({"fill": "bogus"}, "no rule of filling"),
     ):
         with pytest.raises(UsageError, match=message):
             run(out, text, **changed)
@@ -222,10 +266,13 @@ def test_groups() -> None:
 
 
 def test_layers_far_apart_come_first() -> None:
-    groups = [GroupPlan(str(layer), ("x",), "attention", "", layer) for layer in range(12)]
-    order = [group.layer or 0 for group in spread_out(groups)]
-    assert order[:3] == [0, 8, 4]
-    assert sorted(order) == list(range(12))
+    """And one of each part before a second one of any."""
+    groups = [GroupPlan(f"{part} {layer}", ("x",), "attention", part, layer) for layer in range(12) for part in "qkv"]
+    groups.append(GroupPlan("embedding", ("y",), "embedding", "", None))
+    order = spread_out(groups)
+    assert {group.part for group in order[:4]} == {"q", "k", "v", ""}
+    assert [group.layer for group in order if group.part == "q"][:3] == [6, 3, 9]
+    assert sorted(group.name for group in order) == sorted(group.name for group in groups)
 
 
 def test_fallbacks() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,17 @@ import pytest
 
 from apex_quant import embedded_model, evaluate, quantize
 from apex_quant.allocation import certificate as certificates
+from apex_quant.allocation import sensitivity
 from apex_quant.allocation.choices import make_space
 from apex_quant.allocation.cost import CostModel
-from apex_quant.allocation.exchange import exchanges, smoothed, variants
+from apex_quant.allocation.exchange import exchanges, parted, smoothed
+from apex_quant.allocation.inputs import moved, working_folder
 from apex_quant.allocation.optimize import measured_twin, optimize
+from apex_quant.allocation.validate import Validator
 from apex_quant.cli.optimize import parse_context
-from apex_quant.errors import InputError, UsageError
+from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.gguf import open_model
+from apex_quant.importance import Importance
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.planned import PlanOptions
 from tests.allocation.costs import drawn
@@ -38,10 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, out: Path, **more: Any) -> Any:
     return optimize(
         folder / "Tiny-BF16.gguf",
-        sensitivity=folder / "s.json",
-        imatrix=folder / "imatrix.gguf",
         out=out,
-        **{"validate": False, **more},
+        **{"validate": False, "sensitivity": folder / "s.json", "imatrix": folder / "imatrix.gguf", **more},
     )
 
 
@@ -59,9 +64,9 @@ def test_recipe_certificate_and_numbers(folder: Path, tmp_path: Path) -> None:
     assert checked["cost"] == pytest.approx(document["proof"]["cost"])
     assert 0 <= checked["gap"] < 0.2
     assert document["recipe_sha256"] == planned.recipe.sha256
-    assert document["texts"]["shared_runs_of_13_words"] == {
-        "probe_in_calibration": 0, "probe_in_heldout": 0, "calibration_in_heldout": 0,
-    }  # fmt: skip
+    shared = document["texts"]["shared_runs_of_13_words_of_built_in_texts"]
+    assert len(shared) == 6
+    assert not any(shared.values())
     assert set(made.to_json()) >= {"recipe", "total_bytes", "target_bytes", "predicted_kld", "measured_kld", "gap"}
     json.dumps(made.to_json(), allow_nan=False)
 
@@ -111,6 +116,179 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         parse_context("many")
 
 
+def test_nothing_is_replaced_without_force(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "Tiny-APEX-Measured.gguf"
+    for path in (output, tmp_path / "r.certificate.json"):
+        path.write_text("somebody's")
+        with pytest.raises(UsageError, match="exists already"):
+            run(folder, tmp_path / "r.txt", bpw=4, quantize=True)
+        assert path.read_text() == "somebody's"
+        assert not (tmp_path / "r.txt").exists()
+        path.unlink()
+    output.write_text("not asked for, so not in the way")
+    run(folder, tmp_path / "r.txt", bpw=4)
+    assert run(folder, tmp_path / "r.txt", bpw=4, quantize=True, force=True).output == output
+
+
+def test_moved_whole_to_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"new" * 1000)
+    target.write_bytes(b"old")
+    replace = Path.replace
+
+    def elsewhere(self: Path, to: Path) -> Path:
+        if self == source:
+            raise OSError(errno.EXDEV, "another disk")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", elsewhere)
+    assert moved(source, target) == target
+    assert target.read_bytes() == b"new" * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_the_working_folder_outlives_what_fails(tmp_path: Path) -> None:
+    path = tmp_path / "r.apex-work"
+
+    def interrupted() -> None:
+        with working_folder(path, keep=False) as work:
+            (work / "measured.json").write_text("{}")
+            with pytest.raises(BusyError), working_folder(path, keep=False):
+                pass
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [one.name for one in path.iterdir()] == ["measured.json"]
+    with working_folder(path, keep=True):
+        pass
+    assert path.exists()
+    with working_folder(path, keep=False):
+        pass
+    assert not path.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError), working_folder(tmp_path / "file", keep=False):
+        pass
+
+
+def test_what_was_measured_is_known_by_content(folder: Path, tmp_path: Path) -> None:
+    """The same paths with another matrix, text or reference in them are other measurements."""
+    text, reference, other = tmp_path / "text.txt", tmp_path / "r.apexref", tmp_path / "other.gguf"
+    text.write_text("one")
+    reference.write_bytes(b"one")
+    random_imatrix(folder / "Tiny-BF16.gguf", seed=5).write(other)
+    with open_model(folder / "Tiny-BF16.gguf") as model:
+        space = make_space(model, CostModel.from_sensitivities(drawn(model)))
+        file = space.fit(sum(space.bounds()) // 2)
+
+        def names(imatrix: Path, **more: Any) -> tuple[str, str]:
+            with Importance.read(imatrix) as matrix:
+                made = Validator(model, tmp_path, matrix, imatrix, PlanOptions(), **more)
+                path = made._path(file)
+                return path.name, made._out(path).name
+
+        first = names(folder / "imatrix.gguf", text=[text])
+        assert names(folder / "imatrix.gguf", text=[text]) == first
+        by_reference = names(folder / "imatrix.gguf", reference=reference)
+        text.write_text("two")
+        reference.write_bytes(b"two")
+        again = names(folder / "imatrix.gguf", text=[text])
+        assert again[0] == first[0]
+        found = {first[1], again[1], by_reference[1], names(folder / "imatrix.gguf", reference=reference)[1]}
+        found |= {names(folder / "imatrix.gguf", text=[text], ctx=512)[1], names(other, text=[text])[1]}
+        assert len(found) == 6
+        assert names(other, text=[text])[0] != first[0]
+
+
+def test_sensitivities_of_another_encoding_are_noted(folder: Path, tmp_path: Path) -> None:
+    made = run(folder, tmp_path / "a.txt", bpw=4)
+    assert any("measured without an importance matrix" in note for note in made.notes)
+    with Importance.read(folder / "imatrix.gguf") as matrix:
+        about = {"name": "imatrix.gguf", "sha256": matrix.sha256, "prior": "shrink K=64"}
+    measured = sensitivity.load(folder / "s.json")
+    filled = measured.model_copy(update={"imatrix": about})
+    assert not run(folder, tmp_path / "b.txt", bpw=4, sensitivity=filled).notes
+    made = run(folder, tmp_path / "c.txt", bpw=4, sensitivity=filled, options=PlanOptions(fill="none"))
+    assert any("experts filled by 'shrink K=64'" in note for note in made.notes)
+    made = run(folder, tmp_path / "d.txt", bpw=5, sensitivity=filled, imatrix=None)
+    assert any("measured with an importance matrix" in note for note in made.notes)
+    other = measured.model_copy(update={"imatrix": {**about, "sha256": "0" * 64}})
+    with pytest.raises(InputError, match="another importance matrix"):
+        run(folder, tmp_path / "e.txt", bpw=4, sensitivity=other)
+
+
+def test_guessed_groups_are_counted(folder: Path, tmp_path: Path) -> None:
+    measured = sensitivity.load(folder / "s.json")
+    groups = [
+        group.model_copy(update={"probes": [group.probes[0].model_copy(update={"kind": kind})]})
+        for group, kind in zip(measured.groups, itertools.cycle(("real", "estimated", "guessed")), strict=False)
+    ]
+    made = run(folder, tmp_path / "r.txt", bpw=4, sensitivity=measured.model_copy(update={"groups": groups}))
+    assert sum(made.groups.values()) == len(groups)
+    assert set(made.groups) == {"real", "estimated", "guessed"}
+    assert any("are guessed from their error alone" in note for note in made.notes)
+    assert certificates.load(made.certificate)["sensitivity"]["groups"] == made.groups
+
+
+def test_fixed_tensors_count(folder: Path, tmp_path: Path) -> None:
+    """In the prediction, in the search for a KLD, and in what a byte is worth."""
+    made = run(folder, tmp_path / "a.txt", bpw=4, fixed={"attention": "Q2_K"})
+    free = run(folder, tmp_path / "b.txt", bpw=4)
+    assert made.predicted_kld > free.predicted_kld
+    asked = made.predicted_kld * 0.9
+    found = run(folder, tmp_path / "c.txt", kld=asked, fixed={"attention": "Q2_K"})
+    assert found.predicted_kld <= asked * (1 + 1e-9)
+    assert found.total_bytes > made.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fix", "(=Q8_0"], "neither a role nor a pattern"),
+        (["--fix", "atention=Q8_0"], "attention"),
+        (["--fill", "bogus"], "no rule of filling"),
+        (["--equal", "bogus"], "no siblings"),
+        (["--groups", "tensor"], "--sensitivity was measured before"),
+    ],
+)
+def test_wrong_words(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    ran = apex("optimize", str(folder / "Tiny-BF16.gguf"), "--sensitivity", str(folder / "s.json"), "--bpw", "5",
+               "-o", str(tmp_path / "r.txt"), "--no-validate", *words)  # fmt: skip
+    assert ran.status == 2, ran.err
+    assert message in ran.err
+
+
+def speeds(tmp_path: Path, **seconds: float) -> Path:
+    path = tmp_path / "speeds.toml"
+    rows = "".join(f"{name} = {value}\n" for name, value in seconds.items())
+    path.write_text(f'machine = "m"\nreference = "Q4_K"\n[seconds_per_gigaweight]\n{rows}')
+    return path
+
+
+def test_speed_tables_and_what_is_feasible(folder: Path, tmp_path: Path) -> None:
+    """All lacking types at once; the nearest slowdown where none is fast enough; the nearest size where a fast file
+    must be larger."""
+    with pytest.raises(UsageError, match=r"IQ4_XS.*IQ1_S"):
+        run(folder, tmp_path / "r.txt", bpw=4, speeds=speeds(tmp_path, Q4_K=1.0, Q8_0=2.0))
+    table = speeds(tmp_path, Q4_K=1.0, Q6_K=1.5, Q2_K=2.0)
+    types = "q6_k,q4_k,q2_k"
+    with pytest.raises(UsageError, match=r"nearest feasible is 1$"):
+        run(folder, tmp_path / "r.txt", bpw=4, types=types, speeds=table, max_slowdown=0.5)
+    with pytest.raises(UsageError, match=r"nearest feasible size is (\d+) bytes") as refused:
+        run(folder, tmp_path / "r.txt", bpw=3, types=types, speeds=table, max_slowdown=1.1)
+    size = int(re.findall(r"size is (\d+) bytes", str(refused.value))[0])
+    made = run(folder, tmp_path / "r.txt", size=size, types=types, speeds=table, max_slowdown=1.1)
+    assert made.total_bytes == size
+
+
+def test_shards(folder: Path, tmp_path: Path) -> None:
+    options = PlanOptions(split_max_size=500_000)
+    made = run(folder, tmp_path / "r.txt", bpw=4.5, quantize=True, options=options)
+    shards = list(tmp_path.glob("*-of-*.gguf"))
+    assert len(shards) > 1
+    assert sum(path.stat().st_size for path in shards) == made.total_bytes
+
+
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     words = ["optimize", folder / "Tiny-BF16.gguf", "--sensitivity", folder / "s.json", "--imatrix",
              folder / "imatrix.gguf", "--bpw", "4", "-o", tmp_path / "r.txt", "--no-validate", "--json"]  # fmt: skip
@@ -129,7 +307,7 @@ def test_variants_and_exchanges_are_of_equal_size(folder: Path) -> None:
         space = make_space(model, CostModel.from_sensitivities(drawn(model)))
         size = sum(space.bounds()) // 2
         best = space.fit(size)
-        for other in variants(space).values():
+        for other in (smoothed(space), parted(space)):
             assert other.fit(size).plan.total_bytes <= size
         again = space.predicted(smoothed(space).fit(size).plan)
         assert again.predicted >= best.predicted * (1 - 1e-9)

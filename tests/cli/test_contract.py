@@ -403,7 +403,7 @@ def test_plain_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert len(lines) == 2
-    assert re.fullmatch(r"quantizing \\x1bm \(encode\): 50%, .* MB/s, about \d+ s left, \[red\]", lines[1])
+    assert re.fullmatch(r"quantizing \\x1bm \(encode\): 50%, .* MB/s, ETA \d+ s, \[red\]", lines[1])
 
 
 def test_public_functions() -> None:

@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import pytest
 
 from apex_quant import convert as module
+from apex_quant.cache import cache_folder
 from apex_quant.checkpoint import describe
 from apex_quant.cli.convert import convert as command
 from apex_quant.convert import ConvertProgress, convert
 from apex_quant.converter_python import VARIABLE, ConverterPython, find_python, probe
-from apex_quant.converter_source import SDIST_SHA256, Converter, cache_folder, find_converter, unpack
+from apex_quant.converter_source import SDIST_SHA256, Converter, find_converter, unpack
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError
 from apex_quant.version import LIBRARY_VERSION
 from tests.convert.fake_sdist import unpacked, write_sdist

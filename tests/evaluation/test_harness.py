@@ -405,7 +405,7 @@ def test_no_harness(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert caught.value.hint is not None
     assert "apex-quant[harness]" in caught.value.hint
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert find_lm_eval() == (sys.executable, "-m", "lm_eval")
+    assert find_lm_eval() == (sys.executable, "-P", "-m", "lm_eval")
 
 
 OPTIONS = SessionOptions(

@@ -48,7 +48,18 @@ class Repo:
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(repr((len(self.history), sorted(self.files.items()))).encode()).hexdigest()
+        return self._name(len(self.history), self.files)
+
+    def at(self, revision: str | None) -> dict[str, bytes] | None:
+        """Its files at a branch, a tag or a commit of any time."""
+        if revision in (None, "main", "v1"):
+            return self.files
+        every = enumerate([*self.history, self.files])
+        return next((files for number, files in every if self._name(number, files) == revision), None)
+
+    @staticmethod
+    def _name(number: int, files: dict[str, bytes]) -> str:
+        return hashlib.sha1(repr((number, sorted(files.items()))).encode()).hexdigest()
 
 
 class MockHub:
@@ -170,19 +181,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def info(self, _: bytes, name: str, revision: str | None) -> None:
         if (repo := self._repo(name)) is None:
             return
-        if revision not in (None, "main", "v1", repo.commit):
+        if (files := repo.at(revision)) is None:
             error = {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"}
             self._json({"error": "no such revision"}, 404, error)
             return
         siblings = []
-        for path, data in sorted(repo.files.items()):
+        for path, data in sorted(files.items()):
             sibling: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": blob(data)}
             if path.endswith(LFS):
                 sibling["blobId"] = blob(b"pointer" + data)
                 digest = hashlib.sha256(data).hexdigest()
                 sibling["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
             siblings.append(sibling)
-        info = {"_id": "1", "id": name, "sha": repo.commit, "private": repo.private, "tags": [], "siblings": siblings}
+        sha = repo.commit if files is repo.files else revision
+        info = {"_id": "1", "id": name, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings}
         self._json(info)
 
     def create(self, body: bytes) -> None:
@@ -278,12 +290,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             error = {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to model {name} is restricted"}
             self._json({"error": "gated"}, 403 if self._token() else 401, error)
             return
-        if path not in repo.files:
-            self._json({"error": "none"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.commit})
+        files = repo.at(revision) or {}
+        commit = repo.commit if files is repo.files else revision
+        if path not in files:
+            self._json({"error": "none"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
             return
-        data = repo.files[path]
+        data = files[path]
         digest = hashlib.sha256(data).hexdigest() if path.endswith(LFS) else blob(data)
-        headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         if self.command == "GET" and self.hub.corrupt.get(path, 0) > 0:
             self.hub.corrupt[path] -= 1
             data = bytes(len(data))

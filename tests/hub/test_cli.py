@@ -73,10 +73,10 @@ def test_exit_statuses(hub: MockHub, folder: Path, tmp_path: Path) -> None:
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     bar = HubBar()
-    monkeypatch.setattr(bar, "_line", said.append)
+    monkeypatch.setattr(bar, "line", said.append)
     with bar:
         bar(HubProgress("upload", "a.gguf", 0, 10))
         bar(HubProgress("upload", "a.gguf", 0, 10, "the hub answered 503; again in 2 s"))
         bar._last_line -= 60
         bar(HubProgress("upload", "a.gguf", 5, 10))
-    assert said == ["the hub answered 503; again in 2 s", "uploading a.gguf (50% of 0.00 GB)"]
+    assert said == ["the hub answered 503; again in 2 s", "uploading: 50%, a.gguf, 0.00 GB"]

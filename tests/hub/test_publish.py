@@ -177,13 +177,26 @@ def test_damaged_models_are_refused(hub: MockHub, token: str, folder: Path) -> N
     assert "its journal says" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["tiny-compact.gguf.quarantine.json", "tiny-compact.quarantine.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny-compact.gguf.quarantine.json", "tiny-compact.quarantine.json", "tiny-compact.gguf.evaluate.quarantine.json"],
+)
 def test_quarantined_models_are_refused(hub: MockHub, token: str, folder: Path, name: str) -> None:
     (folder / name).write_text('{"reason": "repeats itself"}')
     assert "tiny-compact.gguf: quarantined: repeats itself" in refused(folder)
     (folder / name).write_text("broken")
     assert f"quarantined: {name} says so" in refused(folder)
     assert hub.log == []
+
+
+def test_the_folder_of_a_run(hub: MockHub, token: str, folder: Path) -> None:
+    """Card and report would lie at the wrong place, and stay here unsaid."""
+    work = folder.parent / "work"
+    work.mkdir()
+    folder.rename(work / "release")
+    (work / "state.json").write_text("{}")
+    assert f"what it publishes lies in {work / 'release'}" in refused(work, UsageError)
+    assert publish(work / "release", REPO).files
 
 
 def test_large_files_must_be_shards(hub: MockHub, token: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

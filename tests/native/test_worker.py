@@ -131,6 +131,7 @@ def test_abort_names_step_signal_and_last_line() -> None:
     ) as caught:
         call("abort", lines=30)
     assert caught.value.log_tail.splitlines() == [f"line {n}" for n in range(10, 30)]
+    assert caught.value.signal == signal.SIGABRT
     assert caught.value.hint
 
 

@@ -17,8 +17,9 @@ from apex_quant.cli.run_init import write_config
 from apex_quant.errors import InputError, UsageError
 from apex_quant.pipeline import describe, migration
 from apex_quant.pipeline.config import PHASES, RunConfig, load_config, make_config, sections
-from apex_quant.pipeline.keys import HARNESS_TASKS, MAX_SHARD, METRICS, Section
+from apex_quant.pipeline.keys import HARNESS_TASKS, METRICS, Section
 from apex_quant.pipeline.yaml_text import MAX_BYTES, parse_yaml
+from apex_quant.publishable import MOST_BYTES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -65,7 +66,7 @@ publish:
     assert config.calibrate.tokens == 100_000
     assert config.baselines == ("unsloth/X-GGUF:*UD-Q4*:unsloth", "me/Y@main:*.gguf")
     assert config.publish.repo is None
-    assert config.publish.shards == MAX_SHARD
+    assert config.publish.shards == MOST_BYTES
     assert config.evaluate.harness.tasks == ("ifeval",)
 
 
@@ -489,7 +490,8 @@ def test_any_published_file_is_migrated_or_refused(published: dict[str, Any]) ->
 def test_messages_stay_short(form: str) -> None:
     try:
         found = parse_yaml(form.format("x" * 4096), "f")
-        values = migration.migrate(found.values)[0] if migration.is_published(found.values, "f") else found.values
+        published = migration.is_published(found.values, "f", RunConfig.model_fields)
+        values = migration.migrate(found.values)[0] if published else found.values
         make_config(values, where="f")
         said = ""
     except InputError as error:

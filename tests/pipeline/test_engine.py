@@ -47,6 +47,7 @@ class Toy:
         table = tuple(rows.get(phase.name, phase) for phase in empty)
         monkeypatch.setattr(engine, "PHASES", table)
         monkeypatch.setattr(engine, "source_facts", self.no_facts)
+        monkeypatch.setattr(engine, "check_source", lambda config: None)
         monkeypatch.setattr("apex_quant.pipeline.results.wanted", lambda config: [])
 
     def no_facts(self, config: object, online: bool = True) -> None:
@@ -132,7 +133,7 @@ def test_selection(toy: Toy) -> None:
     assert toy.calls == ALL[:2]
     toy.run(phases={"from": "calibrate"})
     assert toy.calls == ALL[2:]
-    with pytest.raises(UsageError, match="calibrate reads the converted file, which was deleted"):
+    with pytest.raises(UsageError, match="calibrate reads the files of phase convert, which were deleted"):
         toy.run(phases={"phase": "calibrate"}, force=True)
     made = toy.run(phases={"only": ["convert", "calibrate"]}, force=True, keep=True)
     assert toy.calls == [("convert", ""), ("calibrate", "")]
@@ -174,6 +175,17 @@ def test_what_another_configuration_began_is_cleared_away(toy: Toy) -> None:
     assert not (toy.work / "release/calibrate-.sums").exists()
 
 
+def test_force_begins_anew_what_was_interrupted(toy: Toy) -> None:
+    toy.fails = "calibrate"
+    with pytest.raises(InputError):
+        toy.run()
+    (toy.work / "release/calibrate-.sums").write_text("half of them")
+    toy.fails = None
+    made = toy.run(phases={"from": "calibrate"}, force=True)
+    assert reasons(made)["calibrate"] == "asked for with --force"
+    assert not (toy.work / "release/calibrate-.sums").exists()
+
+
 def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) -> None:
     said: list[PhaseEvent] = []
     toy.run(progress=said.append)
@@ -189,7 +201,7 @@ def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) ->
     toy.tokens = 6
     made = toy.run()
     assert toy.calls == [("convert", ""), ("calibrate", ""), ("quantize", "weighted")]
-    assert reasons(made)["convert"] == "calibrate reads its file, which was deleted to save space"
+    assert reasons(made)["convert"] == "calibrate reads its file, which was deleted"
     assert not converted.exists()
     toy.tokens = 7
     toy.run(keep=True)
@@ -302,3 +314,21 @@ def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (again.records, again.about, again.hashes) == (state.records, state.about, state.hashes)
     assert again.damage(record) is None
     assert PhaseRun("a", ("",), (), "r").to_json()["ran"] == [""]
+
+
+@pytest.mark.parametrize("work", ["sub/../out", "link/out", "../{name}/out"])
+def test_a_folder_by_any_name(toy: Toy, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    """`..` and links in --work name one folder: the second run finds what the first made there."""
+    (toy.folder / "sub").mkdir()
+    (toy.folder / "link").symlink_to(toy.folder)
+    monkeypatch.chdir(toy.folder)
+    toy.work = toy.folder / "out"
+    given = work.format(name=toy.folder.name)
+    toy.fails = "quantize weighted"
+    with pytest.raises(InputError, match="broken"):
+        toy.run(keep=True, work=given)
+    toy.fails, toy.tokens = None, 6
+    toy.run(keep=True, work=given)
+    assert toy.calls == [("calibrate", ""), ("quantize", "weighted")]
+    toy.run(keep=True, work=str(toy.work))
+    assert toy.calls == []

@@ -19,7 +19,7 @@ from apex_quant.gguf import open_model
 from apex_quant.gguf.types import TYPES
 from apex_quant.pipeline import estimate as module
 from apex_quant.pipeline.config import PHASES, RunConfig, make_config
-from apex_quant.pipeline.estimate import PhaseEstimate, estimate, peak_disk, recorded_seconds
+from apex_quant.pipeline.estimate import PhaseEstimate, estimate, peak_disk
 from apex_quant.pipeline.phase_work import WORK, text_tokens
 from apex_quant.pipeline.source_facts import BPW, ENCODED, SourceFacts, source_facts
 from apex_quant.recipe.plan import plan
@@ -127,20 +127,6 @@ def test_what_was_measured_corrects(facts: SourceFacts) -> None:
     for phase in ("quantize", "calibrate"):
         assert (found[phase].high or 0) / (found[phase].low or 1) < (plain[phase].high or 0) / (plain[phase].low or 1)
     assert found["report"] == plain["report"]
-
-
-def test_seconds_of_a_state() -> None:
-    state = {
-        "apex_run": 1,
-        "phases": {
-            "quantize": {"quality": {"seconds": 3.5, "key": "k"}, "mini": {"seconds": 0}, "x": {"seconds": True}},
-            "evaluate": {"y": {"seconds": float("nan")}, "z": 3},
-            "report": [],
-        },
-    }
-    assert recorded_seconds(state) == {"quantize": {"quality": 3.5}}
-    for broken in ({}, {"phases": None}, {"phases": [1]}, {"phases": {"a": {"b": None}}}):
-        assert recorded_seconds(broken) == {}
 
 
 # --- disk ---

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from apex_quant import run
-from apex_quant.errors import InputError
+from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.pipeline.context import PhaseEvent
 from apex_quant.pipeline.state import State
 from tests.helpers.random_models import write_random_gguf
@@ -42,6 +44,71 @@ def test_a_source_from_the_hub_is_pinned(hub: MockHub, tmp_path: Path) -> None: 
     assert hub.log == []
     only_source(work, revision="v1")
     assert hub.log
+
+
+@pytest.mark.parametrize("files", [None, "*BF16*"])
+def test_an_emptied_cache(hub: MockHub, finished: Path, tmp_path: Path, files: str | None) -> None:  # noqa: F811
+    """Nothing is fetched before a phase reads it, and then the commit that was recorded, not a newer one."""
+    name = "Small-BF16.gguf"
+    theirs = {name: (finished / name).read_bytes()} if files else dict(CHECKPOINT)
+    repo = hub.repos["org/Tiny"] = Repo(files=theirs)
+    work, given = tmp_path / "work", {"source_files": files}
+    commit = only_source(work, **given).records["source"][""].facts["commit"]
+    repo.history.append(dict(repo.files))
+    repo.files["README.md"] = b"a newer commit"
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    hub.log.clear()
+    only_source(work, **given)
+    assert hub.log == []
+    if files:
+        more: dict[str, Any] = {"tiers": ["quality"], "evaluate": {"suite": "none"}, **given}
+        made = run("org/Tiny", work=str(work), **more, phases={"only": ["source", "recipes"]})
+        assert {one.name: one.reason for one in made.phases}["source"] == "recipes reads its file, which was deleted"
+        assert State(work).load().records["source"][""].facts["commit"] == commit
+    else:
+        with pytest.raises(UsageError, match="convert reads the files of phase source, which were deleted"):
+            run("org/Tiny", work=str(work), phases={"only": ["convert"]})
+    assert only_source(work, force=True, **given).records["source"][""].facts["commit"] == repo.commit != commit
+
+
+def test_a_repository_of_gguf_files_is_no_checkpoint(hub: MockHub, tmp_path: Path) -> None:  # noqa: F811
+    hub.repos["org/Tiny"] = Repo(files={"Tiny-BF16.gguf": b"GGUF", "config.json": b"{}"})
+    with pytest.raises(InputError, match="holds GGUF files, and no checkpoint") as caught:
+        only_source(tmp_path / "work")
+    assert caught.value.hint == "--set source_files=PATTERN names the full-precision one: Tiny-BF16.gguf"
+
+
+def test_what_converting_needs_is_looked_at_first(
+    hub: MockHub,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No weight is downloaded for an architecture that the converter does not know, or without its Python."""
+    hub.repos["org/Tiny"] = Repo(files=dict(CHECKPOINT))
+    folder = tmp_path / "llama.cpp"
+    for name, text in {
+        "convert_hf_to_gguf.py": "",
+        "gguf-py/gguf/__init__.py": "",
+        "conversion/__init__.py": 'TEXT_MODEL_MAP: dict[str, str] = {"LlamaForCausalLM": "llama"}',
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(folder))
+    notes: list[str] = []
+
+    def listen(event: Any) -> None:
+        if isinstance(event, PhaseEvent) and event.kind == "note":
+            notes.append(event.text)
+
+    monkeypatch.setattr("apex_quant.converter_python.NEEDS", {"no_such_module": "no-such-module"})
+    with pytest.raises(ResourceError, match="converting needs no-such-module"):
+        run("org/Tiny", work=str(tmp_path / "work"))
+    run("org/Tiny", work=str(tmp_path / "work"), dry_run=True, progress=listen)
+    assert [note.partition(", which")[0] for note in notes] == ["converting needs no-such-module"]
+    monkeypatch.setattr("apex_quant.converter_python.NEEDS", {"sys": "sys"})
+    with pytest.raises(InputError, match="does not convert TinyForCausalLM"):
+        run("org/Tiny", work=str(tmp_path / "work"))
+    assert hub.count(r"resolve/.*\.safetensors") == 0
 
 
 def test_a_gguf_of_a_hub_repository(hub: MockHub, tmp_path: Path) -> None:  # noqa: F811
@@ -84,3 +151,30 @@ def test_baselines_and_publishing(hub: MockHub, again: Path) -> None:  # noqa: F
     hub.log.clear()
     assert ran(small_run(again, **more, yes=True)) == {}
     assert hub.log == []
+
+
+@pytest.mark.usefixtures("token")
+def test_large_files_are_published_in_shards(hub: MockHub, again: Path) -> None:  # noqa: F811
+    """Cut before the upload, once: the next run finds nothing to do. Other bytes or sizes are cut anew."""
+    release = again / "work/release"
+
+    def uploaded(most: int, **more: Any) -> list[str]:
+        publish = {"repo": "me/Small", "shards": most, "replace": True}
+        made = small_run(again, publish=publish, yes=True, **more)
+        assert "publish" in ran(made)
+        assert ran(small_run(again, publish=publish, yes=True, **more)) == {}
+        assert made.published is not None
+        return [file["path"] for file in made.published["files"] if file["kind"] == "model"]
+
+    shards = uploaded(2_000_000)
+    assert len(shards) > 2
+    assert all("-of-" in name for name in shards)
+    assert sorted(path.name for path in release.glob("*-of-*.gguf")) == sorted(shards)
+    before = {name: (release / name).read_bytes() for name in shards}
+    assert len(uploaded(3_000_000)) < len(shards)
+    other = {"quantize": {"override_kv": ["general.description=str:another"]}}
+    again_cut = uploaded(2_000_000, **other)
+    assert again_cut == shards
+    assert all((release / name).read_bytes() != data for name, data in before.items() if "-00001-" in name)
+    assert [name for name in uploaded(48_000_000_000, **other) if "-of-" in name] == []
+    assert list(release.glob("*-of-*.gguf")) == []

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from apex_quant import run
+from apex_quant import quantize, run
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.pipeline.context import PhaseEvent
 from apex_quant.pipeline.results import RunResult
-from apex_quant.pipeline.state import exclusive
+from apex_quant.pipeline.state import Started, State, exclusive
 from apex_quant.pipeline.status import status
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
+from tests.convert.tiny_checkpoint import write_checkpoint
 from tests.helpers.generic_models import write_generic
-from tests.pipeline.conftest import ran, small_run
+from tests.pipeline.conftest import SETTINGS, ran, small_run
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -133,6 +134,70 @@ def test_a_phase_needs_those_before_it(finished: Path, tmp_path: Path) -> None:
     assert caught.value.hint == "--from source runs it and what follows"
 
 
+def test_a_phase_that_is_left_out_must_be_up_to_date(again: Path, tmp_path: Path) -> None:
+    """Another model, other settings or a damaged file before the phases asked for: refused, nothing is changed."""
+    before = contents(again / "work")
+    state = (again / "work/state.json").read_text()
+    other = again / "Other-BF16.gguf"
+    quantize(again / "Small-BF16.gguf", "Q8_0", out=other, threads=1)
+    with pytest.raises(UsageError) as caught:
+        run(other, **{**SETTINGS, "work": str(again / "work"), "phases": {"from": "recipes"}})
+    assert caught.value.message.startswith(
+        "recipes builds on source, which is left out of this run and out of date: model changed (sha256 "
+    )
+    with pytest.raises(InputError, match="no such file"):
+        run(again / "none.gguf", **{**SETTINGS, "work": str(again / "work"), "phases": {"from": "verify"}}, force=True)
+    corpus = [str(again / "corpus.txt")]
+    with pytest.raises(UsageError, match=r"calibrate, which is left out .* out of date: tokens is 128, was 256"):
+        small_run(
+            again, calibrate={"tokens": 128, "ctx": 64, "corpus": corpus}, phases={"from": "quantize"}, force=True
+        )
+    with pytest.raises(UsageError, match=r"recipes, which is left out .* out of date: after calibrate"):
+        small_run(again, phases={"only": ["calibrate", "quantize"]}, force=True)
+    assert (contents(again / "work"), (again / "work/state.json").read_text()) == (before, state)
+    (again / "work/reference/Small-BF16.apexref").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"evaluate builds on reference, .*Small-BF16\.apexref was changed"):
+        small_run(again, phases={"phase": "evaluate"}, force=True)
+    made = small_run(again, report={"formats": ["md"]}, phases={"phase": "report"})  # which does not read that file
+    assert ran(made) == {"report": ("",)}
+
+
+def test_a_wrong_source_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    for source, says in {
+        tmp_path: "holds no config.json",
+        tmp_path / "hf": "holds no model",
+        tmp_path / "x.gguf": "x.gguf",
+        tmp_path / "none": "no such file or folder",
+    }.items():
+        with pytest.raises(InputError, match=says):
+            run(source, work=str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_counts_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a conversion reads: not the card, nor what the run itself puts there."""
+    folder = write_checkpoint(tmp_path / "Tiny-MoE")
+    monkeypatch.chdir(folder)
+
+    def only_source() -> RunResult:
+        return run(".", phases={"only": ["source"]})
+
+    made = only_source()
+    assert made.work == folder / "Tiny-MoE-apex"
+    assert ran(made) == {"source": ("",)}
+    (folder / "README.md").write_text("a card")
+    (folder / "logo.png").write_bytes(b"png")
+    (made.work / "release/results/x.json").write_text("{}")
+    (folder / "other-apex").mkdir()
+    (folder / "other-apex/state.json").write_text("{}")
+    assert ran(only_source()) == {}
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert ran(only_source()) == {"source": ("",)}
+
+
 def test_the_source_is_never_cleared_away(finished: Path, tmp_path: Path) -> None:
     """A source that lies where a file would be made is refused, and stays."""
     place = tmp_path / "work/release/Small-APEX-Quality.gguf"
@@ -232,3 +297,28 @@ def test_a_projector_is_published_as_it_is(finished: Path, tmp_path: Path) -> No
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "Small-BF16.gguf")}, phases={"only": ["source"]})
     with pytest.raises(InputError, match="no such file"):
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "none.gguf")}, phases={"only": ["source"]})
+
+
+def test_a_finished_matrix_that_was_not_recorded(again: Path) -> None:
+    """Where the model runs decides nothing: the matrix is found with other options, and its bytes are the same."""
+    before = contents(again / "work")
+    state = State(again / "work").load()
+    record = state.records["calibrate"].pop("")
+    state.started["calibrate"] = {"": Started(record.key, record.claims)}
+    state.save()
+    made = small_run(again, gpu={"tensor_buffers": ["exps=CPU"], "mmap": False})
+    assert ran(made) == {"calibrate": ("",)}
+    assert contents(again / "work") == before
+    forced = small_run(again, gpu={"cpu_experts": True}, phases={"phase": "calibrate"}, force=True)
+    assert ran(forced) == {"calibrate": ("",)}
+    assert contents(again / "work") == before
+
+
+def test_a_matrix_of_another_library_is_replaced(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies there finished, and the version that begins now would make another: no reason to be stuck."""
+    state = State(again / "work").load()
+    record = state.records["calibrate"].pop("")
+    state.started["calibrate"] = {"": Started(record.key, record.claims)}
+    state.save()
+    monkeypatch.setattr("apex_quant.calibration.calibrate._FORMAT", "another")
+    assert "calibrate" in ran(small_run(again))

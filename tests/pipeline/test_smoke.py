@@ -89,9 +89,11 @@ def test_a_file_that_writes_garbage_is_quarantined(again: Path, monkeypatch: pyt
     monkeypatch.setattr(steps_checks, "generate_once", lambda *_: written(*[list(range(64))] * 3))
     made = small_run(again, tiers=["quality"], verify={"generate": 9, "rebuild": "none"}, phases={"from": "verify"})
     assert ran(made) == {"verify": ("quality",)}  # and no time is spent on measuring it
+    reasons = {one.name: one.reason for one in made.phases}
+    assert reasons["evaluate"] == reasons["report"] == "no file is left for it: all are quarantined"
     (bad,) = made.quarantined
     assert not bad.verified
-    note = json.loads((again / "work/release/Small-APEX-Quality.gguf.quarantine.json").read_text())
+    note = json.loads((again / "work/release/Small-APEX-Quality.gguf.verify.quarantine.json").read_text())
     assert note["phase"] == "verify"
     assert note["reason"].startswith("100% of what it writes is one piece over and over")
     with pytest.raises(Exception, match="quarantined: 100% of what it writes"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from apex_quant.allocation.estimate import estimated
 from apex_quant.allocation.groups import GroupPlan
+from apex_quant.allocation.journal import ROUNDING
 from apex_quant.allocation.sensitivity import Group, Joint, Measured, ModelFacts, Probe, Sensitivities, TextFacts
 from apex_quant.allocation.texts import ProbeTexts
 from apex_quant.evaluation.identity import identity
@@ -35,7 +36,7 @@ class Assembly:
         reached = set(self.result["reached"])
         groups = [self._group(group, reached) for group in self.groups if reached & set(group.tensors)]
         unreached = [n for g in self.groups for n in g.tensors if n not in reached]
-        warnings = list(self.read.notes)
+        warnings: list[str] = []
         if unreached:
             warnings.append(
                 f"{len(unreached)} tensors are not read when the model decodes and have no sensitivity: "
@@ -44,10 +45,17 @@ class Assembly:
         used, asked = self.header["chunks"] * settings["ctx"], settings["tokens"] // settings["ctx"] * settings["ctx"]
         if used < asked:
             warnings.append(f"each probe read {used} tokens, not {asked}: the text or the budget has no more")
-        if not self.result["complete"]:
-            lacking = sum(not group.probes for group in groups)
-            warnings.append(f"the budget ended before all probes: {lacking} groups are estimated from their neighbours")
+        warnings += self.result["notes"]
+        lacking = sum(not group.probes for group in groups)
         groups = estimated(groups, self.result["errors"])
+        if not self.result["complete"]:
+            guessed = sum(group.probes[0].kind == "guessed" for group in groups if group.probes)
+            warnings.append(
+                f"the budget ended before all probes: {len(groups) - lacking} of {len(groups)} groups were measured, "
+                f"{lacking - guessed} are estimated from other layers and {guessed} from their error alone"
+            )
+        if settings["joint"] and not any(row["joint"] for row in self.rows.values()):
+            warnings.append("no joint probe was measured: predictions are plain sums, which are too large")
         who = identity(self.model)
         scored = self.header["scored"]
         return Sensitivities(
@@ -76,10 +84,15 @@ class Assembly:
                 if row["joint"]
             ],
             floor=Measured(**_measured(self.header["floor"])),
+            rounding=self._rounding(),
             tokens_spent=self.header["spent"] + sum(row["tokens"] for row in self.rows.values()),
             seconds=sum(row["seconds"] for row in self.rows.values()),
             warnings=warnings,
         )
+
+    def _rounding(self) -> Joint | None:
+        row = self.rows.get(ROUNDING)
+        return Joint(name=row["group"], types=row["types"], **_measured(row)) if row is not None else None
 
     def _group(self, group: GroupPlan, reached: set[str]) -> Group:
         probes = [

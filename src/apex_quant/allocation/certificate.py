@@ -4,12 +4,16 @@ It names the model, the sensitivities, the importance matrix and the texts by ha
 constraints, and has for each group the bytes and cost of every option, the one that was taken, and a price of a byte.
 From these alone `check` recomputes bytes and cost, and the Lagrangian bound: for any price p >= 0, no choice of at most
 B bytes costs less than sum over groups of min (cost + p x bytes) - p x B (Everett 1963).
+
+What is certified is the recipe that is delivered. Where validation chose another one than the solver's optimum, since
+it measured lower, its gap says by how much it is dearer in the predicted costs.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,15 +22,17 @@ from typing import Any, Final
 
 from apex_quant.allocation.problem import Group, Option, lagrangian_bound
 from apex_quant.allocation.sensitivity import Sensitivities
-from apex_quant.allocation.space import Fitted, Space
+from apex_quant.allocation.space import Fitted, Predicted, Space
 from apex_quant.errors import InputError
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.pertoken import read_bounded
 from apex_quant.gguf import TYPES
 from apex_quant.gguf.writer import AtomicFile
+from apex_quant.importance import Importance
+from apex_quant.importance.fill import prior_of
 from apex_quant.native import library_info
 from apex_quant.text import builtin, heldout, render
-from apex_quant.text.corpus import probe
+from apex_quant.text.corpus import probe, validation
 from apex_quant.text.overlap import WORDS, overlap
 from apex_quant.version import VERSION
 
@@ -34,53 +40,83 @@ SCHEMA: Final = "apex.allocation/1"
 MAX_BYTES: Final = 256 << 20
 
 
+SAME: Final = 1e-6
+"""A gap of which a choice is called proved optimal: RELATIVE_GAP of the solver, and float sums."""
+
+
+def proof(space: Space, optimum: Fitted, chosen: Predicted, target_bytes: int) -> dict[str, Any]:
+    """What the predicted costs say of `chosen`, a recipe of `space`, whose optimum of at most `target_bytes` is
+    `optimum`: its own bytes and cost against the bound of all recipes."""
+    kinds = space.taken(chosen.types)
+    assert kinds is not None  # it lies in the space
+    taken = [space.option(group, kind) for group, kind in zip(space.groups, kinds, strict=True)]
+    size, cost, solution = sum(o.bytes for o in taken), math.fsum(o.cost for o in taken), optimum.solution
+    limit = max(target_bytes - (optimum.plan.total_bytes - solution.bytes), size)
+    lagrangian = lagrangian_bound(space.groups, limit, solution.price)
+    # headers differ by some bytes: what was proved for fewer bytes is no bound for more
+    proved_for = target_bytes - (optimum.plan.total_bytes - solution.bytes)
+    bound = min(cost, solution.bound if limit == proved_for else lagrangian)
+    gap = (cost - bound) / cost if cost > 0 else 0.0
+    return {
+        "byte_limit": limit,
+        "bytes": size,
+        "cost": cost,
+        "bound": bound,
+        "gap": gap,
+        "proved": gap <= SAME,
+        "price_per_byte": solution.price,
+        "lagrangian_bound": lagrangian,
+        "fixed_cost": space.fixed_cost,
+        "groups": [
+            {
+                "tensors": list(group.tensors),
+                "taken": option.type.name,
+                "options": [[o.type.name, o.bytes, o.cost] for o in _with(group.options, option)],
+            }
+            for group, option in zip(space.groups, taken, strict=True)
+        ],
+    }
+
+
+def _with(options: Sequence[Option], taken: Option) -> list[Option]:
+    """The options, and the taken one where it was left out because another one beats it: no bound changes by it."""
+    return [*options, *([taken] if all(o.type != taken.type for o in options) else [])]
+
+
 def certificate(
     space: Space,
-    fitted: Fitted,
+    chosen: Predicted,
+    proved: dict[str, Any],
     *,
     target: dict[str, Any],
-    sensitivities: Sensitivities | None,
+    sensitivities: Sensitivities,
+    validated: dict[str, Any] | None,
     candidates: Sequence[dict[str, Any]],
     settings: dict[str, Any],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The document of one allocation."""
-    solution, importance = fitted.solution, space.importance
-    limit = _limit(space, fitted, target)
+    """The document of one allocation. `proved`: its proof(). `validated`: by what candidates were measured."""
+    importance = space.importance
     return {
         "schema": SCHEMA,
         "apex": VERSION,
         "library": library_info().version,
         "model": {"name": space.model.path.name, "samples_sha256": sampled(space.model)},
         "imatrix_sha256": importance.sha256 if importance is not None else None,
+        "fill": prior_of(importance, space.options.fill) if importance is not None else None,
         "sensitivity": _sensitivity(sensitivities),
-        "texts": _texts(sensitivities),
+        "validation": validated,
+        "texts": _texts(importance, sensitivities, validated),
         "target": target,
         "constraints": space.constraints.to_json(),
-        "recipe": fitted.plan.recipe.to_json(),
-        "recipe_sha256": fitted.plan.recipe.sha256,
-        "total_bytes": fitted.plan.total_bytes,
-        "predicted_kld": fitted.predicted,
-        "proof": {
-            "byte_limit": limit,
-            "bytes": solution.bytes,
-            "cost": solution.cost,
-            "bound": solution.bound,
-            "gap": solution.gap,
-            "proved": solution.proved,
-            "price_per_byte": solution.price,
-            "lagrangian_bound": lagrangian_bound(space.groups, limit, solution.price),
-            "groups": [
-                {
-                    "tensors": list(group.tensors),
-                    "taken": group.options[pick].type.name,
-                    "options": [[o.type.name, o.bytes, o.cost] for o in group.options],
-                }
-                for group, pick in zip(space.groups, solution.picks, strict=True)
-            ],
-        },
+        "recipe": chosen.plan.recipe.to_json(),
+        "recipe_sha256": chosen.plan.recipe.sha256,
+        "total_bytes": chosen.plan.total_bytes,
+        "predicted_kld": chosen.predicted,
+        "proof": proved,
         "candidates": list(candidates),
         "settings": settings,
-        "notes": list(space.notes),
+        "notes": list(notes),
     }
 
 
@@ -135,19 +171,14 @@ def load(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def _limit(space: Space, fitted: Fitted, target: dict[str, Any]) -> int:
-    """Bytes that the groups may take: the target less everything else in the file."""
-    return int(target["bytes"]) - (fitted.plan.total_bytes - fitted.solution.bytes)
-
-
-def _sensitivity(measured: Sensitivities | None) -> dict[str, Any] | None:
-    if measured is None:
-        return None
+def _sensitivity(measured: Sensitivities) -> dict[str, Any]:
     said = json.dumps(measured.to_json(), sort_keys=True).encode()
     return {
         "sha256": hashlib.sha256(said).hexdigest(),
         "text_sha256": measured.text.sha256,
         "tokens": measured.text.tokens,
+        "imatrix": measured.imatrix,
+        "groups": measured.kinds,
         "settings": measured.settings,
     }
 
@@ -155,20 +186,21 @@ def _sensitivity(measured: Sensitivities | None) -> dict[str, Any] | None:
 @functools.cache
 def shared_runs() -> dict[str, int]:
     """How many runs of 13 words the built-in texts share."""
-    texts = {
-        name: [render(document, None) for document in documents]
-        for name, documents in (("probe", probe()), ("calibration", builtin()), ("heldout", heldout()))
-    }
-    pairs = (("probe", "calibration"), ("probe", "heldout"), ("calibration", "heldout"))
-    return {f"{a}_in_{b}": overlap(texts[a], texts[b]).shared for a, b in pairs}
+    sets = {"probe": probe(), "validation": validation(), "calibration": builtin(), "heldout": heldout()}
+    texts = {name: [render(document, None) for document in documents] for name, documents in sets.items()}
+    return {f"{a}_in_{b}": overlap(texts[a], texts[b]).shared for a, b in itertools.combinations(texts, 2)}
 
 
-def _texts(measured: Sensitivities | None) -> dict[str, Any]:
-    """Which text was for what, and how many runs of 13 words they share: none, for the built-in ones."""
+def _texts(importance: Importance | None, measured: Sensitivities, validated: dict[str, Any] | None) -> dict[str, Any]:
+    """Which text was for what, as far as files say, and how many runs of 13 words the built-in ones share: none."""
+    if validated is None:
+        judged = "none: nothing was measured"
+    else:
+        judged = validated["text"]["name"] if validated["text"] else f"that of {validated['reference']['name']}"
     return {
-        "calibration": "builtin corpus, unless the importance matrix says otherwise",
-        "sensitivity": measured.text.name if measured is not None else None,
-        "validation": "probe",
+        "calibration": ", ".join(importance.datasets) or "not said by the matrix" if importance is not None else None,
+        "sensitivity": measured.text.name,
+        "validation": judged,
         "evaluation": "heldout (never read here but for this count)",
-        f"shared_runs_of_{WORDS}_words": dict(shared_runs()),
+        f"shared_runs_of_{WORDS}_words_of_built_in_texts": dict(shared_runs()),
     }

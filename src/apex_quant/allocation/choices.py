@@ -9,7 +9,7 @@ from typing import Final
 from apex_quant.allocation.constraints import SIBLINGS, Constraints
 from apex_quant.allocation.problem import Group, Option, prune
 from apex_quant.allocation.space import Costs, Space, active_weights, padded_bytes
-from apex_quant.errors import InputError, UsageError
+from apex_quant.errors import InputError, UsageError, did_you_mean
 from apex_quant.gguf import GGMLType, GGUFModel, TensorInfo, ggml_type
 from apex_quant.importance import Importance
 from apex_quant.model import Role, classify, facts
@@ -29,8 +29,9 @@ def make_space(
     importance: Importance | None = None,
     constraints: Constraints | None = None,
     options: PlanOptions = _DEFAULTS,
+    pruned: bool = True,
 ) -> Space:
-    """The choices that `model` leaves open under `constraints`.
+    """The choices that `model` leaves open under `constraints`; `pruned`: but for types that another one beats.
 
     Norms, routers and whatever llama-quantize keeps are never decided, nor are tensors that are quantized already
     (unless options.allow_requantize). A tensor without a cost takes that of its like in the nearest layer, as NextN
@@ -39,7 +40,7 @@ def make_space(
     Raises UsageError for constraints that leave a tensor without a type.
     """
     constraints = constraints or Constraints()
-    return _Builder(model, costs, importance, constraints, options).space()
+    return _Builder(model, costs, importance, constraints, options, pruned).space()
 
 
 class _Builder:
@@ -52,9 +53,10 @@ class _Builder:
         importance: Importance | None,
         constraints: Constraints,
         options: PlanOptions,
+        pruned: bool,
     ) -> None:
         self.model, self.costs, self.importance = model, costs, importance
-        self.constraints, self.options = constraints, options
+        self.constraints, self.options, self.pruned = constraints, options, pruned
         self.facts = facts(model)
         trunk = self.facts.trunk_layers
         self.roles = {
@@ -64,13 +66,17 @@ class _Builder:
         self.measured = set(costs.tensors)
         self.notes: list[str] = []
         self.skipped: set[str] = set()
+        self.matched: set[str] = set()
+        self._timed_types()
 
     def space(self) -> Space:
         fixed: dict[str, GGMLType] = {}
+        likes: dict[str, str] = {}
         single: dict[str, Group] = {}
         proxies: list[str] = []
         unknown: list[str] = []
         kept: list[str] = []
+        uncounted: list[str] = []
         for name, info in self.model.tensors.items():
             if not allows_quantization(name, info.shape, self.model.architecture):
                 continue
@@ -80,15 +86,21 @@ class _Builder:
                 fixed[name] = info.type
                 kept.append(name)
             elif (asked := self._asked(name)) is not None:
-                fixed[name] = asked
+                fixed[name], like = asked, self._like(name)
+                if like is not None and (asked.kind == "float" or asked.name in self.costs.types(like)):
+                    likes[name] = like
+                else:
+                    uncounted.append(name)
             elif (like := self._like(name)) is None:
                 fixed[name] = fallback_type(ggml_type(UNMEASURED), info.shape[0])
                 unknown.append(name)
             else:
-                single[name] = self._group(name, info, like)
+                single[name], likes[name] = self._group(name, info, like), like
                 if like != name:
                     proxies.append(name)
+        self._all_matched()
         for names, what in (
+            (uncounted, "have the type that was asked for, whose cost is not known: the prediction leaves them out"),
             (kept, "are quantized already and stay as they are"),
             (proxies, "were not measured and take the costs of their like in the nearest layer"),
             (unknown, f"were not measured and have no like: they become {UNMEASURED}"),
@@ -99,17 +111,42 @@ class _Builder:
                                   + ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))  # fmt: skip
         if not single:
             raise UsageError("this model has no tensor whose type could be decided")
-        groups = tuple(prune(group, timed=self.constraints.speeds is not None) for group in self._joined(single))
+        timed = self.constraints.speeds is not None
+        groups = tuple(prune(group, timed=timed) if self.pruned else group for group in self._joined(single))
         return Space(
-            self.model, self.importance, self.options, self.costs, groups, fixed, self.constraints, tuple(self.notes)
-        )
+            self.model, self.importance, self.options, self.costs, groups, fixed, likes, self.constraints,
+            tuple(self.notes),
+        )  # fmt: skip
+
+    def _timed_types(self) -> None:
+        """Raises UsageError for allowed types that the speed table lacks, all of them at once."""
+        speeds = self.constraints.speeds
+        lacking = [kind.name for kind in self.constraints.allowed() if speeds and kind.name not in speeds.seconds]
+        if speeds is not None and lacking:
+            raise UsageError(
+                f"the speed table of {speeds.machine} has no {', '.join(lacking)}",
+                hint="measure these too, or allow with --types only " + ", ".join(sorted(speeds.seconds)),
+            )
 
     def _asked(self, name: str) -> GGMLType | None:
         """The type that the constraints fix for a tensor, by role or by a pattern searched in its name."""
+        found = None
         for key, kind in self.constraints.fixed.items():
             if key == str(self.roles[name].role) or (key not in set(Role) and re.search(key, name)):
-                return fallback_type(ggml_type(kind), self.model.tensors[name].shape[0])
-        return None
+                self.matched.add(key)
+                found = found or fallback_type(ggml_type(kind), self.model.tensors[name].shape[0])
+        return found
+
+    def _all_matched(self) -> None:
+        """Raises UsageError for a fixed type that no tensor has."""
+        for key in self.constraints.fixed:
+            if key not in self.matched:
+                known = sorted({str(role.role) for role in self.roles.values()})
+                raise UsageError(
+                    f"nothing that could be decided is of the role, or has in its name, {key!r}."
+                    f"{did_you_mean(key, known)}",
+                    hint="roles of this model: " + ", ".join(known),
+                )
 
     def _like(self, name: str) -> str | None:
         """The tensor whose costs a tensor takes: its own where it was measured."""

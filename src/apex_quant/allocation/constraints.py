@@ -5,6 +5,7 @@ Everything here is data; space.py applies it.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ SIBLINGS: Final[Mapping[str, tuple[frozenset[str], ...]]] = {
 }
 """Parts of one layer and role that share a type when asked; some engines compute them in one kernel."""
 
+EQUAL: Final = ("gate_up",)
+"""Siblings that share a type where nothing is asked. The validation loop may part them then, and says so."""
+
 ROLE_NAMES: Final = tuple(str(role) for role in Role)
 MAX_SPEED_BYTES: Final = 1 << 20
 
@@ -43,7 +47,7 @@ class Constraints:
 
     types: tuple[str, ...] = DEFAULT_TYPES
     minimum: Mapping[str, str] = field(default_factory=dict)
-    equal: tuple[str, ...] = ("gate_up",)
+    equal: tuple[str, ...] = EQUAL
     fixed: Mapping[str, str] = field(default_factory=dict)
     speeds: Speeds | None = None
     max_slowdown: float = 1.0
@@ -60,6 +64,11 @@ class Constraints:
                     f"no role is called {role!r}.{did_you_mean(role, list(ROLE_NAMES))}",
                     hint="roles are " + ", ".join(ROLE_NAMES),
                 )
+        for key in self.fixed:
+            try:
+                re.compile(key)
+            except (re.error, RecursionError) as error:
+                raise UsageError(f"--fix {key!r} is neither a role nor a pattern: {error}") from None
         for name in self.equal:
             if name not in SIBLINGS:
                 raise UsageError(

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from apex_quant.allocation.sensitivity import Group, Joint, Probe, Sensitivities
 from apex_quant.errors import InputError
@@ -68,13 +69,14 @@ class _Scale:
 @dataclass(frozen=True)
 class CostModel:
     """`errors`: tensor -> type -> relative weighted error. `known`: log of a prediction -> log(measured / prediction)
-    of joint probes."""
+    of joint probes. `rounding`: nats that a file of quantized tensors diverges by whatever its weights are, since the
+    backend rounds activations where weights are quantized; probes disturb weights that are multiplied as floats."""
 
     errors: Errors
     scales: Mapping[str, _Scale]
-    spread: Mapping[str, float]  # tensor -> relative standard error of its group's KLD
     exponents: Exponents = Exponents()
     known: tuple[F64, F64] = field(default=(np.zeros(0), np.zeros(0)))
+    rounding: float = 0.0
 
     @classmethod
     def from_sensitivities(cls, measured: Sensitivities, *, exponents: Exponents | None = None) -> CostModel:
@@ -84,11 +86,10 @@ class CostModel:
         groups = [group for group in measured.groups if group.probes]
         joints = [joint for joint in measured.joint if joint.kld > floor]
         found = exponents or _fitted(groups, errors, joints, floor)
-        spread = {
-            name: min(p.error / max(p.kld, _TINY) for p in group.probes) for group in groups for name in group.tensors
-        }
-        plain = cls(errors, _scales(groups, errors, found, floor), spread, found)
-        return cls(errors, plain.scales, spread, found, _correction(plain, joints, floor))
+        plain = cls(errors, _scales(groups, errors, found, floor), found)
+        made = replace(plain, known=_correction(plain, joints, floor))
+        file = measured.rounding
+        return made if file is None else replace(made, rounding=max(0.0, file.kld - made.predict(file.types)))
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -131,15 +132,8 @@ class CostModel:
         if total <= 0:
             return 0.0
         plain, (x, y) = float(total ** (1 / self.exponents.alpha)), self.known
-        return plain * math.exp(float(np.interp(math.log(max(plain, _TINY)), x, y))) if len(x) else plain
-
-    def uncertainty(self, recipe: Mapping[str, str]) -> float:
-        """Standard error of `predict`, nats, from that of the single probes: it knows nothing of the laws' mistakes."""
-        total = self.total(recipe)
-        if total <= 0:
-            return 0.0
-        parts = [(self.cost(n, k) * self.spread[n]) ** 2 for n, k in recipe.items() if n in self.scales]
-        return self.corrected(total) * math.sqrt(math.fsum(parts)) / total
+        curve = math.exp(float(np.interp(math.log(max(plain, _TINY)), x, y))) if len(x) else 1.0
+        return plain * curve + self.rounding
 
     def _check(self, tensor: str) -> None:
         if tensor not in self.scales:
@@ -250,7 +244,8 @@ class _Table:
 
 
 def _correction(plain: CostModel, joints: Sequence[Joint], floor: float) -> tuple[F64, F64]:
-    """Points (log prediction, log factor), near ones averaged; the corrected prediction never falls."""
+    """Points (log prediction, log factor), near ones averaged; of curves along which the corrected prediction never
+    falls the nearest one, in least squares of logarithms."""
     rows = sorted(
         (math.log(predicted), math.log((joint.kld - floor) / predicted))
         for joint in joints
@@ -262,6 +257,9 @@ def _correction(plain: CostModel, joints: Sequence[Joint], floor: float) -> tupl
             points[-1].append(row)
         else:
             points.append([row])
+    if not points:
+        return np.zeros(0), np.zeros(0)
     x = np.array([np.mean([row[0] for row in one]) for one in points])
     y = np.array([np.mean([row[1] for row in one]) for one in points])
-    return x, np.maximum.accumulate(x + y) - x if len(x) else y
+    rising = isotonic_regression(x + y, weights=[len(one) for one in points]).x
+    return x, rising - x

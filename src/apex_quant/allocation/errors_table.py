@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from apex_quant.allocation.patches import Disturber, Sums, Weights
-from apex_quant.converter_source import cache_folder
+from apex_quant.cache import cache_folder
 from apex_quant.gguf import GGMLType, ggml_type
 from apex_quant.native import library_info
 
@@ -28,6 +29,7 @@ Row = dict[str, dict[str, float]]  # type -> {"relative", "weighted"}
 
 SAMPLE = 1 << 16  # weights of a tensor
 _FORMAT = 1
+_LEAST = 1 << 12  # weights, however short the time
 _LEAST_ROWS = 8  # of a slice, as long as there are so many
 
 
@@ -77,14 +79,25 @@ def error_table(
     weights: Callable[[str], Weights],
     disturber: Disturber,
     each: Callable[[int, str], None],
+    *,
+    seconds: float | None = None,
 ) -> dict[str, Row]:
-    """Errors of the tensors that `types` names; `each` is told the number of finished ones and the name of the next."""
+    """Errors of the tensors that `types` names; `each` is told the number of finished ones and the name of the next.
+
+    `seconds`: fewer rows are sampled where the table would take longer, but some of every tensor.
+    """
     every = sorted({kind.name for kinds in types.values() for kind in kinds})
     disturber.encoder.prepare([ggml_type(name) for name in every])
     table: dict[str, Row] = {}
+    most, begun = SAMPLE, time.monotonic()
     for number, (name, kinds) in enumerate(types.items()):
         each(number, name)
-        table[name] = errors_of(weights(name), kinds, disturber)
+        started = time.monotonic()
+        table[name] = errors_of(weights(name), kinds, disturber, most=most)
+        now, left = time.monotonic(), len(types) - number - 1
+        if seconds is not None and left:
+            affordable = max(seconds - (now - begun), 0.0) / left
+            most = int(min(max(most * affordable / (now - started), _LEAST), SAMPLE))
     return table
 
 

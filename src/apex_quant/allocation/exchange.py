@@ -83,18 +83,15 @@ def smoothed(space: Space, share: float = SMOOTH) -> Space:
     return reweighted(space, factors)
 
 
-def variants(space: Space) -> dict[str, Space]:
-    """Spaces whose optimum is worth measuring beside that of `space`."""
-    found = {"smoothed": smoothed(space)}
-    if space.constraints.equal:
-        found["siblings apart"] = make_space(
-            space.model,
-            space.costs,
-            importance=space.importance,
-            constraints=replace(space.constraints, equal=()),
-            options=space.options,
-        )
-    return found
+def parted(space: Space) -> Space:
+    """The same choices with siblings decided apart."""
+    return make_space(
+        space.model,
+        space.costs,
+        importance=space.importance,
+        constraints=replace(space.constraints, equal=()),
+        options=space.options,
+    )
 
 
 def exchanges(space: Space, types: Mapping[str, str], steps: int) -> Iterator[tuple[str, dict[str, float]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apex_quant.allocation.choices import make_space
-from apex_quant.allocation.constraints import Constraints, as_types
+from apex_quant.allocation.constraints import EQUAL, Constraints, Speeds, as_types, read_speeds
 from apex_quant.allocation.cost import CostModel
 from apex_quant.allocation.inputs import OptimizeProgress, sensitivities_of
 from apex_quant.allocation.sensitivity import Sensitivities
@@ -19,7 +19,9 @@ from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
 from apex_quant.recipe.metadata import display_name
 from apex_quant.recipe.plan import plan
+from apex_quant.recipe.planned import PlanOptions
 from apex_quant.recipe.tiers import published_tiers
+from apex_quant.runtime.options import SessionOptions
 
 POINTS: Final = 24
 _FORMATS: Final = (".png", ".svg", ".pdf")
@@ -74,9 +76,15 @@ def frontier(
     imatrix: str | Path | None = None,
     types: str | Sequence[str] | None = None,
     minimum: Mapping[str, str] | None = None,
-    equal: Sequence[str] = ("gate_up",),
+    fixed: Mapping[str, str] | None = None,
+    equal: Sequence[str] = EQUAL,
+    speeds: str | Path | Speeds | None = None,
+    max_slowdown: float = 1.0,
     points: int = POINTS,
     out: str | Path | None = None,
+    session: SessionOptions | None = None,
+    measuring: Mapping[str, Any] | None = None,
+    options: PlanOptions | None = None,
     progress: Callable[[OptimizeProgress], None] | None = None,
 ) -> Frontier:
     """The whole curve of size against least predicted KLD, at `points` sizes, evenly spread in bits per weight.
@@ -92,19 +100,25 @@ def frontier(
     with ExitStack() as held:
         opened = held.enter_context(open_model(model))
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
-        measured = sensitivities_of(opened, sensitivity, imatrix, report=progress)
+        plan_options = options or PlanOptions()
+        measured, said = sensitivities_of(
+            opened, sensitivity, imatrix, fill=plan_options.fill, session=session, measuring=measuring, report=progress
+        )
         costs = CostModel.from_sensitivities(measured)
         constraints = Constraints(
             types=as_types(list(types) if types is not None and not isinstance(types, str) else types),
             minimum=dict(minimum or {}),
+            fixed=dict(fixed or {}),
             equal=tuple(equal),
+            speeds=read_speeds(speeds) if isinstance(speeds, str | Path) else speeds,
+            max_slowdown=max_slowdown,
         )
-        space = make_space(opened, costs, importance=matrix, constraints=constraints)
-        smallest, largest = space.bounds()
+        space = make_space(opened, costs, importance=matrix, constraints=constraints, options=plan_options)
+        smallest, largest = space.fit_bounds()
         sizes = [smallest + (largest - smallest) * place // (points - 1) for place in range(points)]
         found = tuple(_point(space, size) for size in sizes)
         tiers, left_out = _tiers(space)
-        made = Frontier(display_name(opened), found, tiers, left_out, Path(out) if out else None, space.notes)
+        made = Frontier(display_name(opened), found, tiers, left_out, Path(out) if out else None, (*said, *space.notes))
     if out is not None:
         plot(made, Path(out))
     return made

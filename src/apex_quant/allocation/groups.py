@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Collection, Sequence
@@ -148,16 +149,24 @@ def single_probes(
 
 
 def spread_out(groups: Sequence[GroupPlan]) -> list[GroupPlan]:
-    """Groups in an order in which layers far from one another come first, so that a probe run that is cut short can
-    be filled in between: every other layer, then every other of the rest, and so on."""
-    layers = sorted({group.layer for group in groups if group.layer is not None})
-    order: list[int] = []
-    step = 1 << max(0, len(layers) - 1).bit_length()
-    while step >= 1:
-        order += [layer for layer in layers[::step] if layer not in order]
-        step //= 2
-    place = {layer: number for number, layer in enumerate(order)}
-    return sorted(groups, key=lambda group: -1 if group.layer is None else place[group.layer])
+    """Groups in rounds: one of each role and part, from the middle of the model, then a second of each, far from the
+    first, and so on, so that a run that is cut short can be filled in from what is alike."""
+    alike: dict[tuple[str, str], list[GroupPlan]] = {}
+    for group in sorted(groups, key=lambda group: -1 if group.layer is None else group.layer):
+        alike.setdefault((group.role, group.part), []).append(group)
+    rounds = [[members[place] for place in _halving(len(members))] for members in alike.values()]
+    return [one for several in itertools.zip_longest(*rounds) for one in several if one is not None]
+
+
+def _halving(count: int) -> list[int]:
+    """0 to count - 1: the middle, the middles of both halves, of the quarters, ..."""
+    order, spans = [], [(0, count)]
+    for first, last in spans:
+        if first < last:
+            middle = (first + last) // 2
+            order.append(middle)
+            spans += [(first, middle), (middle + 1, last)]
+    return order
 
 
 def joint_probes(

@@ -10,6 +10,8 @@ from apex_quant.errors import ResourceError
 from apex_quant.native.worker import Json
 
 MAX_BYTES = 1 << 30
+ROUNDING = "file|Q8_0"
+"""The key of the row of a whole file; those of probes are ProbePlan.key."""
 
 
 class Journal:
@@ -35,6 +37,16 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise ResourceError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+
+def is_of_another(path: Path, spec: str) -> bool:
+    """Whether there is work of another measurement under this name, or something that is no journal."""
+    try:
+        with path.open("rb") as file:
+            begun = b"\n" in file.read(MAX_BYTES)  # a torn first line is no work
+    except OSError:
+        return False
+    return begun and not read_journal(path, spec)[0]
 
 
 def read_journal(path: Path, spec: str) -> tuple[Json, dict[str, Json]]:

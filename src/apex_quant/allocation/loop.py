@@ -6,34 +6,44 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from apex_quant.allocation.exchange import exchanges, reweighted, variants
-from apex_quant.allocation.space import Predicted, Space
+from apex_quant.allocation.exchange import exchanges, parted, reweighted, smoothed
+from apex_quant.allocation.space import Fitted, Predicted, Space
 from apex_quant.allocation.validate import Candidate, Validator, best_of, shown_lower
-from apex_quant.errors import UsageError
 from apex_quant.evaluation.compare import compare
 
 STEPS: Final = 4
 """Exchange steps that are measured when prediction and truth disagree."""
 DISAGREE: Final = 0.15
-"""Prediction and truth disagree when their ratio is further from 1 than this, or when another candidate won."""
+"""Prediction and truth disagree when the measured interval is further from the prediction than this, or when another
+candidate won."""
 
 
 class Loop:
-    """The validation loop: near-optimal recipes are measured jointly; when that disagrees, so are exchanges."""
+    """The validation loop of one size.
 
-    def __init__(self, space: Space, validator: Validator, limit: int, steps: int) -> None:
+    `first` is the solver's optimum in `space`, `limit` the bytes of the whole file. `part`: recipes with siblings apart
+    may be chosen too. `problems`: the spaces in which candidates lie, each with its optimum.
+    """
+
+    def __init__(
+        self, space: Space, first: Fitted, validator: Validator, limit: int, *, steps: int = STEPS, part: bool = False
+    ) -> None:
         self.space, self.validator, self.limit, self.steps = space, validator, limit, steps
+        self.problems: list[tuple[Space, Fitted]] = [(space, first)]
         self.measured: list[Candidate] = []
+        self._part = part and bool(space.constraints.equal)
 
-    def run(self, first: Predicted) -> Candidate:
-        recipes: dict[str, Predicted] = {"optimum": first}
-        for label, space in variants(self.space).items():
-            try:
-                recipes[label] = self._of(space)
-            except UsageError:  # nothing fits under that variant's constraints
-                continue
+    def run(self) -> Candidate:
+        """The best candidate. The file of no other one is left."""
+        optimum = self.problems[0][1]
+        recipes: dict[str, Predicted] = {"optimum": optimum, "smoothed": self._of(smoothed(self.space))}
+        if self._part:
+            apart = parted(self.space)
+            self.problems.append((apart, apart.fit(self.limit)))
+            recipes["siblings apart"] = self.problems[-1][1]
         self._measure(recipes)
-        best, _ = best_of(self.measured)
+        best = best_of(self.measured)
+        self._drop_all_but(best)
         if not self._disagree(best):
             return best
         taken: dict[str, float] = {}  # exchanges that were shown to help are kept in the next ones
@@ -43,24 +53,40 @@ class Loop:
             one = self._measure({label: self._of(reweighted(self.space, tried))})[0]
             if shown_lower(one, best):
                 best, taken = one, tried
+            self._drop_all_but(best)
         return best
 
+    def problem_of(self, chosen: Predicted) -> tuple[Space, Fitted]:
+        """The narrowest space that a candidate lies in, and its optimum: what the candidate is to be held against."""
+        return next(row for row in self.problems if row[0].taken(chosen.types) is not None)
+
     def _of(self, space: Space) -> Predicted:
-        """The optimum of other costs or constraints, with the prediction of the real ones."""
+        """The optimum of other costs, with the prediction of the real ones."""
         return self.space.predicted(space.fit(self.limit).plan)
 
     def _measure(self, recipes: Mapping[str, Predicted]) -> list[Candidate]:
         found = self.validator.measure(recipes)
         self.measured += [one for one in found if all(one is not other for other in self.measured)]
-        self.validator.drop([one for one in self.measured if one is not best_of(self.measured)[0]])
         return found
+
+    def _drop_all_but(self, best: Candidate) -> None:
+        self.validator.drop([one for one in self.measured if one is not best])
 
     def _disagree(self, best: Candidate) -> bool:
         first = self.measured[0]
-        ratio = first.value / first.file.predicted if first.file.predicted > 0 else math.inf
-        return best is not first or abs(math.log(max(ratio, 1e-9))) > math.log(1 + DISAGREE)
+        if best is not first:
+            return True
+        low, high = (first.kld[end] or first.value for end in ("low", "high"))
+        least, most = first.file.predicted / (1 + DISAGREE), first.file.predicted * (1 + DISAGREE)
+        return bool(high < least or low > most)
 
     def said(self, best: Candidate) -> list[str]:
         """How the others compare with the chosen one."""
         others = [one for one in self.measured if one is not best]
         return [f"{one.name}: {compare([best.results, one.results], ['kld'])[0].sentence}" for one in others]
+
+
+def ratio(measured: list[Candidate]) -> float:
+    """How many times larger the measured KLD is than the predicted one: the geometric mean over candidates."""
+    logs = [math.log(one.value / one.file.predicted) for one in measured if one.value > 0 and one.file.predicted > 0]
+    return math.exp(math.fsum(logs) / len(logs)) if logs else 1.0

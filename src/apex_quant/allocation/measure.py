@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,25 +34,34 @@ from apex_quant.allocation.groups import (
     single_probes,
     usable_types,
 )
-from apex_quant.allocation.journal import read_journal
+from apex_quant.allocation.journal import ROUNDING, is_of_another, read_journal
 from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.allocation.texts import read_texts
-from apex_quant.errors import BusyError, InputError, NativeError, ResourceError, UsageError
+from apex_quant.errors import BusyError, InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.reference import vocabulary_size
 from apex_quant.evaluation.steps import Batching
 from apex_quant.gguf import GGUFModel, ggml_type, open_model
 from apex_quant.gguf.writer import AtomicFile
 from apex_quant.importance import Importance
-from apex_quant.importance.fill import prior_of
+from apex_quant.importance.fill import RULES, prior_of
 from apex_quant.model.facts import facts
 from apex_quant.native import Child, library_info
 from apex_quant.runtime.options import SessionOptions
 
 WORKER = "apex_quant.allocation.probe_job"
 TOKENS = 4096
-CTX = 512
-_FORMAT = 1  # of the journal and of what its numbers mean
+CTX = 256  # short, so that validation at the same context has the chunks that an interval takes
+_FORMAT = 2  # of the journal and of what its numbers mean
+_DECODE = 2048  # tokens: llama.cpp's -b
+_SMALLEST = 32
+_LOGIT_BYTES = 700 << 20
+_LOGIT_SHARE = 1 / 32  # of the model's bytes
+_FILE = "Q8_0"
+_FILE_WORKER = "apex_quant.evaluation.worker"
+_FILE_RATE = 1e8  # weights a second of one thread, about half of what was measured (benchmarks/RESULTS.md)
+_FILE_SHARE = 0.05  # of a budget
+_SPARE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ def measure(
     text: Sequence[str | Path] | None = None,
     budget: float | None = None,
     seed: int = 0,
+    rounding: bool = True,
     options: SessionOptions | None = None,
     resume: bool = False,
     force: bool = False,
@@ -98,13 +110,18 @@ def measure(
     are measured too. `noise`: random matrices of rank 32 of the same error instead of the encoder's own blocks.
     `loaded`: another file of the same model (a Q8_0 one), which is disturbed instead where the model itself does not
     fit into memory; weights are read from `model` all the same. `text`: files, instead of the built-in probe text.
-    `budget` in seconds shortens the text and then leaves out probes; what is missing is estimated from neighbours.
-    `resume`: UsageError unless there is an interrupted run of this measurement.
+    `budget` in seconds takes fewer rows for errors, then shortens the text, then leaves out probes; what is missing is
+    estimated from other layers. `rounding`: also measure a Q8_0 file, which is made beside `out` and removed: what the
+    backend's rounding of activations costs, which no probe sees; left out where it would take too much room or time, or
+    with `loaded`. `resume`: UsageError unless there is an interrupted run of this measurement; a run of another one
+    under the same name is not discarded without `force`.
 
     Raises UsageError, InputError, ResourceError (BusyError while another process measures into `out`) or NativeError;
     finished probes are kept, and the same call goes on from there.
     """
-    out = Path(out)
+    out, started = Path(out), time.monotonic()
+    if fill not in RULES:
+        raise UsageError(f"no rule of filling is called {fill!r}.{did_you_mean(fill, list(RULES))}")
     if tokens < ctx or joint < 0 or (budget is not None and budget <= 0):
         raise UsageError(
             f"{tokens} tokens, {joint} joint probes: at least one context of {ctx} tokens, and none below 0"
@@ -119,7 +136,9 @@ def measure(
         _same_tensors(opened, probed)
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
         read = read_texts(opened, text)
-        plan = _Plan(opened, matrix, groups, types, candidates, joint, noise, seed)
+        notes = list(read.notes)
+        rounding = rounding and probed is opened
+        plan = _Plan(opened, matrix, groups, types, (*candidates, *([_FILE] * rounding)), joint, noise, seed)
         run_options = _options(options or SessionOptions(), ctx, opened)
         chunks = max(1, tokens // ctx)
         asked: dict[str, Any] = {
@@ -128,6 +147,7 @@ def measure(
             "chunks": chunks,
             "prior": prior_of(matrix, fill) if matrix is not None else "none",
             "texts": list(read.texts),
+            "rounding": rounding,
         }
         spec = _spec(opened, probed, matrix, asked, run_options)
         if (found := _finished(out, spec, opened, force)) is not None:
@@ -140,7 +160,14 @@ def measure(
                 f"{journal}: no interrupted run of this measurement",
                 hint="without --resume it begins, or goes on where there is one",
             )
-        batching = Batching.of(ctx, vocabulary_size(opened), 2)
+        if is_of_another(journal, spec):
+            if not force:
+                raise UsageError(
+                    f"{journal} keeps an interrupted run of another measurement",
+                    hint="go on with that one, choose another -o, or --force to discard it",
+                )
+            journal.unlink()
+        batching = _batching(ctx, vocabulary_size(opened), sum(info.nbytes for info in opened.tensors.values()))
         run_options = run_options.model_copy(
             update={"sequences": batching.sequences, "decode_tokens": batching.tokens,
                     "ubatch": max(16, batching.tokens)}
@@ -156,6 +183,7 @@ def measure(
             if facts(opened).n_expert
             else 0,
             "budget": budget,
+            "rounding": None,
             "spec": spec,
             "journal": str(journal),
         }
@@ -163,10 +191,15 @@ def measure(
         def on_event(event: dict[str, Any]) -> None:
             report(MeasureProgress(**{key: event[key] for key in MeasureProgress.__dataclass_fields__}))
 
+        if rounding and ROUNDING not in read_journal(journal, spec)[1]:
+            payload["rounding"] = _file(opened, out, budget, run_options, held, notes)
+        if budget is not None:
+            payload["budget"] = budget - (time.monotonic() - started)
         result = child.run(f"{WORKER}:run", payload, on_event, step=f"measuring {opened.path.name}", pass_fds=[lock])
         header, rows = read_journal(journal, spec)
         if not header:
             raise NativeError(f"{journal}: the journal is gone or damaged", hint="measure again")
+        result["notes"] = [*notes, *result["notes"]]
         made = Assembly(opened, probed, matrix, plan.groups, read, result, header, rows).sensitivities(
             {
                 "spec": spec, "complete": result["complete"], "tokens": tokens, "ctx": ctx, "groups": groups,
@@ -224,6 +257,40 @@ class _Plan:
             ]
             for name in everything
         }  # fmt: skip
+
+
+def _batching(ctx: int, vocabulary: int, model_bytes: int) -> Batching:
+    """As many tokens in a decode as memory for their logits allows, since every decode reads the weights of all
+    experts: twice in float32, in the library's graph and its output, in a share of the model's own bytes."""
+    tokens, room = _DECODE, max(_LOGIT_BYTES, int(_LOGIT_SHARE * model_bytes))
+    while tokens > _SMALLEST and 2 * 4 * tokens * vocabulary > room:
+        tokens //= 2
+    sequences = max(1, min(_DECODE // ctx, tokens))
+    return Batching(sequences, max(sequences, min(tokens, ctx * sequences)))
+
+
+def _file(
+    model: GGUFModel, out: Path, budget: float | None, options: SessionOptions, held: ExitStack, notes: list[str]
+) -> str | None:
+    """A uniform Q8_0 file of the model beside `out`, until `held` is closed; None, and a note, where it costs too
+    much."""
+    weights = sum(info.n_elements for info in model.tensors.values())
+    needed, free = int(weights * ggml_type(_FILE).bpw / 8), shutil.disk_usage(out.parent).free
+    said = "what rounding of activations costs was not measured: "
+    if budget is not None and weights / _FILE_RATE > _FILE_SHARE * budget:
+        notes.append(f"{said}making a {_FILE} file takes too much of the budget")
+        return None
+    if needed > free - _SPARE:
+        notes.append(f"{said}a {_FILE} file takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        return None
+    path = out.with_name(f"{out.name}.{_FILE.lower()}.gguf")
+    held.callback(path.unlink, missing_ok=True)
+    with Child(_FILE_WORKER) as child:
+        child.run(
+            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": options.threads},
+            lambda _: None, step=f"making a {_FILE} file of {model.path.name}",
+        )  # fmt: skip
+    return str(path)
 
 
 def _options(options: SessionOptions, ctx: int, model: GGUFModel) -> SessionOptions:

@@ -4,13 +4,12 @@ made = optimize("MODEL-BF16.gguf", size=12_200_000_000, imatrix="imatrix.gguf", 
 print(made.total_bytes, made.predicted_kld, made.measured_kld)
 
 Costs come from sensitivities (measure.py), the choice from the exact solver, and the last word from whole files of two
-or three near-optimal recipes, measured on the probe text.
+or three near-optimal recipes, measured on the validation text.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,14 +19,15 @@ from typing import Any
 
 from apex_quant.allocation import certificate as certificates
 from apex_quant.allocation.choices import make_space
-from apex_quant.allocation.constraints import Constraints, Speeds, as_types, read_speeds
+from apex_quant.allocation.constraints import EQUAL, Constraints, Speeds, as_types, read_speeds
 from apex_quant.allocation.cost import CostModel
-from apex_quant.allocation.inputs import OptimizeProgress, Paths, sensitivities_of
-from apex_quant.allocation.loop import STEPS, Loop
+from apex_quant.allocation.inputs import OptimizeProgress, Paths, moved, sensitivities_of, working_folder
+from apex_quant.allocation.loop import STEPS, Loop, ratio
+from apex_quant.allocation.measure import CTX
 from apex_quant.allocation.sensitivity import Sensitivities
-from apex_quant.allocation.space import Predicted
-from apex_quant.allocation.targets import target_of
-from apex_quant.allocation.validate import Validator
+from apex_quant.allocation.space import Fitted, Predicted, Space
+from apex_quant.allocation.targets import Target, target_of
+from apex_quant.allocation.validate import Candidate, Validator
 from apex_quant.encode.job import JobProgress
 from apex_quant.encode.quantize import quantize as quantize_
 from apex_quant.errors import UsageError
@@ -41,15 +41,21 @@ from apex_quant.runtime.options import SessionOptions
 
 @dataclass(frozen=True)
 class Optimized:
-    """A finished allocation. `measured_kld` is {} without validation, else the mean KLD on the validation text with
-    its interval. `shadow_price`: nats of predicted KLD that one more megabyte (10^6 bytes) saves. `output`: the
-    quantized file."""
+    """A finished allocation.
+
+    `predicted_kld` is what the costs say. `measured_kld` is {} without validation, else the mean KLD on the validation
+    text with its interval; `corrected_kld` is then the prediction times what all measured candidates showed it to be
+    too low or too high by. `gap` and `proved`: how far the recipe may be from the least predicted cost.
+    `shadow_price`: nats of predicted KLD that one more megabyte (10^6 bytes) saves. `groups`: how many of them were
+    measured and how many estimated. `output`: the quantized file.
+    """
 
     recipe: Path
     total_bytes: int
     target_bytes: int | None
     bpw: float
     predicted_kld: float
+    corrected_kld: float | None
     measured_kld: dict[str, Any]
     gap: float
     shadow_price: float
@@ -61,6 +67,7 @@ class Optimized:
     types: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()
     target: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,11 +76,13 @@ class Optimized:
             "target_bytes": self.target_bytes,
             "bpw": self.bpw,
             "predicted_kld": self.predicted_kld,
+            "corrected_kld": self.corrected_kld,
             "measured_kld": self.measured_kld,
             "gap": self.gap,
             "shadow_price": self.shadow_price,
             "proved": self.proved,
             "target": dict(self.target),
+            "groups": dict(self.groups),
             "candidates": list(self.candidates),
             "comparisons": list(self.comparisons),
             "certificate": str(self.certificate),
@@ -94,7 +103,7 @@ def optimize(
     types: str | Sequence[str] | None = None,
     minimum: Mapping[str, str] | None = None,
     fixed: Mapping[str, str] | None = None,
-    equal: Sequence[str] = ("gate_up",),
+    equal: Sequence[str] | None = None,
     speeds: str | Path | Speeds | None = None,
     max_slowdown: float = 1.0,
     sensitivity: str | Path | Sensitivities | None = None,
@@ -109,6 +118,7 @@ def optimize(
     work: str | Path | None = None,
     threads: int | None = None,
     session: SessionOptions | None = None,
+    measuring: Mapping[str, Any] | None = None,
     options: PlanOptions | None = None,
     name: str | None = None,
     force: bool = False,
@@ -121,18 +131,22 @@ def optimize(
     `like_size` (the size of that file). `types`, `minimum` (role -> type), `fixed` (role or pattern -> type), `equal`
     (siblings of one type), `speeds` with `max_slowdown` (a second budget) are constraints.py's.
 
-    `sensitivity`: a file of measure(), which is called without one, its result kept beside the model. `imatrix`:
-    without one, types that need importance are left out. `validate`: encode two or three near-optimal recipes and up
-    to `steps` exchanges, measure them on the probe text (or `text`, at most `chunks` of each) against `reference`
-    (default: the model itself) and take the best. `out`: the recipe, a tensor-type file or .json; the certificate is
-    written beside it. `quantize` keeps the encoded file there too, called `name`. `work` is the folder of encoded
-    candidates (default: a temporary one beside `out`).
+    `equal` None is constraints.EQUAL, which validation may drop where siblings of different types measure lower.
 
-    Raises UsageError (no target, or nothing fits: with the nearest feasible size), InputError, ResourceError,
-    NativeError.
+    `sensitivity`: a file of measure(), which is called without one (with the arguments `measuring`), its result kept
+    beside the model. `imatrix`: without one, types that need importance are left out. `validate`: encode two or three
+    near-optimal recipes and up to `steps` exchanges, measure them on the built-in validation text (or `text`, at most
+    `chunks` of each) against `reference` (default: the model itself) and take the best; with `kld` the size is found
+    again once, from what the first file measured. `out`: the recipe, a tensor-type file or .json; the certificate is
+    written beside it. `quantize` keeps the encoded file there too, called `name`. `work` is the folder of encoded
+    candidates, which is kept (default: one beside `out` that is removed at the end); after an interruption the same
+    call goes on from it.
+
+    Raises UsageError (no target, or nothing fits: with the nearest feasible size; or a file is there without `force`),
+    InputError, ResourceError, NativeError.
     """
     report = progress or (lambda _: None)
-    threads_, session = threads, session or SessionOptions()
+    session = session or SessionOptions()
     if threads is not None:
         session = session.model_copy(update={"threads": threads})
     if isinstance(speeds, str | Path):
@@ -141,84 +155,135 @@ def optimize(
         types=as_types(list(types) if types is not None and not isinstance(types, str) else types),
         minimum=dict(minimum or {}),
         fixed=dict(fixed or {}),
-        equal=tuple(equal),
+        equal=EQUAL if equal is None else tuple(equal),
         speeds=speeds,
         max_slowdown=max_slowdown,
     )
     if steps < 0:
         raise UsageError(f"{steps} exchange steps")
+    plan_options = options or PlanOptions()
     with ExitStack() as held:
         opened = held.enter_context(open_model(model))
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
-        paths = Paths.of(opened, out, name, force)
-        measured = sensitivities_of(
-            opened, sensitivity, imatrix, fill=(options or PlanOptions()).fill, session=session, report=report
+        paths = Paths.of(opened, out, name, quantize=quantize, force=force)
+        measured, notes = sensitivities_of(
+            opened, sensitivity, imatrix, fill=plan_options.fill, session=session, measuring=measuring, report=report
         )
-        costs = CostModel.from_sensitivities(measured)
-        plan_options = options or PlanOptions()
-        space = make_space(opened, costs, importance=matrix, constraints=constraints, options=plan_options)
+        space = make_space(
+            opened,
+            CostModel.from_sensitivities(measured),
+            importance=matrix,
+            constraints=constraints,
+            options=plan_options,
+        )
         target = target_of(space, size=size, bpw=bpw, fit=fit, ctx=ctx, kld=kld, like_size=like_size)
         report(OptimizeProgress("solving"))
         first = space.fit(target.bytes) if target.bytes is not None else space.within(target.kld or 0.0)
-        # a target of KLD is one of bytes from here on: variants and exchanges are of equal size
-        limit = target.bytes if target.bytes is not None else first.plan.total_bytes
-        notes = list(space.notes)
-        chosen: Predicted = first
-        candidates: list[dict[str, Any]] = []
-        comparisons: list[str] = []
-        output: Path | None = None
-        if validate:
-            if work is None:
-                folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=".apex-", dir=paths.recipe.parent)))
-            else:
-                folder = Path(work)
-                folder.mkdir(parents=True, exist_ok=True)
+        notes += space.notes
+        settings = {"steps": steps, "validated": validate, "name": paths.output.name}
+        if not validate:
+            made = _Made(first, first.plan.total_bytes if target.bytes is None else target.bytes, (space, first))
+            if target.kld is not None:
+                notes.append(f"a KLD of {target.kld:g} is predicted, and was not measured (--no-validate)")
+        else:
+            folder = held.enter_context(working_folder(Path(work) if work else paths.work, keep=work is not None))
             validator = Validator(
                 opened, folder, matrix, Path(imatrix) if imatrix is not None else None, plan_options,
-                reference=Path(reference) if reference is not None else None, text=text, chunks=chunks,
-                session=session, threads=threads_,
+                reference=Path(reference) if reference is not None else None, text=text,
+                ctx=int(measured.settings.get("ctx", CTX)), chunks=chunks, session=session, threads=threads,
                 encoding=lambda event: report(OptimizeProgress("encoding", event)),
                 measuring=lambda event: report(OptimizeProgress("evaluating", event)),
             )  # fmt: skip
-            loop = Loop(space, validator, limit, steps)
-            best = loop.run(first)
-            chosen = best.file
-            candidates, comparisons = [one.to_json() for one in loop.measured], loop.said(best)
-            if quantize:
-                if not best.path.exists():  # measured in an earlier run, and moved away then
-                    validator.encode([(best.file, best.path)])
-                output = _moved(best.path, paths.output)
-        elif quantize:
-            output = _encoded(opened, chosen, imatrix, paths, threads_, plan_options, force, report)
+            made = _validated(space, first, target, validator, steps=steps, part=equal is None)
+            notes += made.notes
+            settings |= {"part": equal is None}
+        proved = certificates.proof(*made.problem, made.chosen, made.limit)
+        said = {**target.to_json(), "bytes": made.limit, **made.kept}
         document = certificates.certificate(
-            space,
-            first,
-            target={**target.to_json(), "bytes": limit},
-            sensitivities=measured,
-            candidates=candidates,
-            settings={"steps": steps, "chunks": chunks, "validated": validate, "chosen": chosen.plan.recipe.to_json()},
-        )
-        _write(paths.recipe, chosen)
+            made.problem[0], made.chosen, proved, target=said, sensitivities=measured, validated=made.about,
+            candidates=made.candidates, settings=settings, notes=notes,
+        )  # fmt: skip
+        output: Path | None = None
+        if quantize and made.best is not None and len(made.chosen.plan.layouts) == 1:
+            if not made.best.path.exists():  # measured in an earlier run, and moved away then
+                validator.encode([(made.best.file, made.best.path)])
+            output = moved(made.best.path, paths.output)
+        elif quantize:
+            output = _encoded(opened, made.chosen, imatrix, paths, threads, plan_options, force, report)
+        _write(paths.recipe, made.chosen)
         certificates.save(document, paths.certificate)
-        taken = next((one for one in candidates if one["recipe_sha256"] == chosen.plan.recipe.sha256), None)
         return Optimized(
             recipe=paths.recipe,
-            total_bytes=chosen.plan.total_bytes,
+            total_bytes=made.chosen.plan.total_bytes,
             target_bytes=target.bytes,
-            bpw=chosen.plan.bpw,
-            predicted_kld=space.predicted(chosen.plan).predicted,
-            measured_kld=dict(taken["measured_kld"]) if taken else {},
-            gap=first.solution.gap,
-            shadow_price=space.price(first.solution) * 1e6,
-            proved=first.solution.proved,
-            candidates=tuple(candidates),
-            comparisons=tuple(comparisons),
+            bpw=made.chosen.plan.bpw,
+            predicted_kld=made.chosen.predicted,
+            corrected_kld=made.chosen.predicted * made.ratio if made.ratio is not None else None,
+            measured_kld=made.best.kld if made.best is not None else {},
+            gap=proved["gap"],
+            shadow_price=space.price(made.problem[1].solution) * 1e6,
+            proved=proved["proved"],
+            candidates=tuple(made.candidates),
+            comparisons=tuple(made.comparisons),
             certificate=paths.certificate,
             output=output,
-            types={name: kind.name for name, kind in chosen.types.items()},
+            types={name: kind.name for name, kind in made.chosen.types.items()},
             notes=tuple(notes),
-            target=target.to_json(),
+            target={**target.to_json(), **made.kept},
+            groups=measured.kinds,
         )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is delivered: `chosen`, of at most `limit` bytes, to be held against the space and optimum `problem`; with
+    validation `best` is its candidate, `about` says by what candidates were measured, `ratio` what predictions are off
+    by, `kept` whether a KLD that was asked for is kept."""
+
+    chosen: Predicted
+    limit: int
+    problem: tuple[Space, Fitted]
+    best: Candidate | None = None
+    about: dict[str, Any] | None = None
+    ratio: float | None = None
+    candidates: Sequence[dict[str, Any]] = ()
+    comparisons: Sequence[str] = ()
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def _validated(space: Space, first: Fitted, target: Target, validator: Validator, *, steps: int, part: bool) -> _Made:
+    """The validation loop. A target of KLD becomes one of bytes first: that at which the prediction, times what the
+    first file showed it to be off by, is the target."""
+    measured: list[Candidate] = []
+    if target.kld is not None:
+        measured += validator.measure({"first size": first})
+        validator.drop(measured)
+        first = space.within(target.kld / ratio(measured))
+    limit = target.bytes if target.bytes is not None else first.plan.total_bytes
+    loop = Loop(space, first, validator, limit, steps=steps, part=part)
+    best = loop.run()
+    measured += [one for one in loop.measured if all(one is not other for other in measured)]
+    problem = loop.problem_of(best.file)
+    notes, kept = [], dict[str, Any]()
+    if problem[0] is not space:
+        notes.append(
+            f"siblings have types of their own ({', '.join(space.constraints.equal)} differ in some layers): measured "
+            f"lower; --equal {','.join(space.constraints.equal)} forbids it"
+        )
+    if target.kld is not None:
+        kept["kept"] = best.value <= target.kld
+        if not kept["kept"]:
+            low = best.kld["low"]
+            how = "reached within the error alone" if low is not None and low <= target.kld else "missed"
+            notes.append(
+                f"the target is {how}: {best.value:.4g} nats were measured and {target.kld:g} asked for, after the "
+                "size was corrected once; ask for less"
+            )
+    return _Made(
+        best.file, limit, problem, best, validator.about, ratio(measured),
+        [one.to_json() for one in measured], loop.said(best), kept, notes,
+    )  # fmt: skip
 
 
 def measured_twin(
@@ -269,15 +334,6 @@ def _encoded(
             options=replace(options, recipe=recipe), progress=on_event,
         )  # fmt: skip
     return made.outputs[0].path
-
-
-def _moved(path: Path, target: Path) -> Path:
-    """The chosen candidate's file under its own name."""
-    try:
-        path.replace(target)
-    except OSError:
-        shutil.copyfile(path, target)
-    return target
 
 
 def _write(path: Path, chosen: Predicted) -> None:

@@ -108,8 +108,8 @@ class Disturber:
     """Makes disturbed weights, on `threads` threads. Close it."""
 
     def __init__(self, threads: int) -> None:
-        self.encoder = GgmlEncoder()
-        self._pool = ThreadPoolExecutor(max(1, threads))
+        self.encoder, self.threads = GgmlEncoder(), max(1, threads)
+        self._pool = ThreadPoolExecutor(self.threads)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

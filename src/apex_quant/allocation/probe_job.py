@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from apex_quant.allocation.errors_table import error_table
-from apex_quant.allocation.journal import Journal
+from apex_quant.allocation.journal import ROUNDING, Journal
 from apex_quant.allocation.kept import KeptLogits
+from apex_quant.allocation.pace import Pace
 from apex_quant.allocation.patches import Disturber, Sums, Weights
-from apex_quant.errors import InputError
+from apex_quant.errors import ApexError, InputError
 from apex_quant.evaluation.scores import scorer
 from apex_quant.evaluation.steps import Batching, Plan, plan_texts
 from apex_quant.evaluation.watch import Routing, Watcher, watcher
@@ -37,6 +38,9 @@ with contextlib.suppress(ImportError):  # early, while the parent still reads th
     bindings()
 
 LEAST_CHUNKS = 4  # a budget never shortens the text below this
+_ERRORS_SHARE = 0.25  # of a budget, for the table of errors at most
+_JOINT_SHARE = 0.2  # of a budget, for the first joint probes before single ones
+_FIRST_JOINTS = 4  # without so many the exponents cannot be fitted
 
 
 class Probing:
@@ -55,10 +59,11 @@ class Probing:
         """The undisturbed pass."""
         self._through(stop, None)
 
-    def compare(self, stop: threading.Event) -> Json:
-        """A pass: mean KLD, its standard error over chunks, what each chunk has, and the routers' flips."""
+    def compare(self, stop: threading.Event, session: Session | None = None) -> Json:
+        """A pass: mean KLD, its standard error over chunks, what each chunk has, and the routers' flips. `session`: of
+        another model, whose routers are not watched."""
         kld = np.zeros((len(self.plan.tokens), self.plan.scored))
-        flips = self._through(stop, kld)
+        flips = self._through(stop, kld, session)
         means = kld.mean(axis=1)
         error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float(means[0])
         return {
@@ -69,26 +74,27 @@ class Probing:
             "by_chunk": [float(f"{value:.6g}") for value in means],
         }
 
-    def _through(self, stop: threading.Event, kld: Any) -> float | None:
+    def _through(self, stop: threading.Event, kld: Any, other: Session | None = None) -> float | None:
         started, number, changed = time.monotonic(), 0, []
+        session, watching = (self.session, self.watcher) if other is None else (other, None)
         for steps in self.plan.steps(0, self.batching):
             for step in steps:
                 if stop.is_set():
                     raise Stopped
-                if self.watcher is not None:
-                    self.watcher.begin()
-                self.session.decode(step.tokens, position=step.position, outputs=step.outputs)
+                if watching is not None:
+                    watching.begin()
+                session.decode(step.tokens, position=step.position, outputs=step.outputs)
                 if not step.rows:
                     continue
                 outputs = np.tile(step.outputs, len(step.chunks))
-                routing = self.watcher.routing(outputs) if self.watcher is not None else None
+                routing = watching.routing(outputs) if watching is not None else None
                 if kld is None:
-                    self.kept.add(self.session.logits())
+                    self.kept.add(session.logits())
                     self.routing.append(routing)
                 else:
                     where = (slice(step.chunks.start, step.chunks.stop), step.scored)
                     targets = self.plan.targets()[where].reshape(-1)
-                    found = self.kept.divergence(number, self.session.logits(), targets)
+                    found = self.kept.divergence(number, session.logits(), targets)
                     kld[where] = found.reshape(len(step.chunks), -1)
                     before = self.routing[number]
                     if routing is not None and before is not None and routing.layers == before.layers:
@@ -127,6 +133,13 @@ class Job:
         self.watching = watching
         self.probes: list[Json] = self._reachable(payload["probes"])
         self.spent = 0  # tokens decoded by this run
+        self.pace = Pace({})
+        self.notes: list[str] = []
+
+    @property
+    def left(self) -> float | None:
+        """Seconds of the budget."""
+        return None if self.budget is None else self.budget - (time.monotonic() - self.started)
 
     def _weights(self, name: str) -> Weights:
         return Weights(self.source, self.source.tensors[name], self.importance)
@@ -150,24 +163,34 @@ class Job:
                 raise Stopped
             self._tell("errors of types", number, len(kinds), 0, None)
 
-        return error_table(kinds, self._weights, self.disturber, each)
+        seconds = None if self.left is None else _ERRORS_SHARE * self.left
+        return error_table(kinds, self._weights, self.disturber, each, seconds=seconds)
 
     def run(self, stop: threading.Event) -> Json:
         plan = self._text()  # an InputError now and not after all errors
         errors = self.errors(stop)
         batching = Batching(**self.payload["batching"])
         todo = [probe for probe in self.probes if probe["key"] not in self.journal.rows]
-        probing = self._prepare(plan, batching, len(todo), stop)
-        complete = True
-        for number, probe in enumerate(todo):
-            if self._over_budget(number, probing):
-                complete = False
-                break
-            self._tell("probes", self.resumed + number, len(self.probes), self.resumed, self._left(number, len(todo)))
-            self.journal.add(self._probe(probe, probing, stop))
+        self.pace = Pace.timed(sorted({kind for probe in todo for kind in probe["types"].values()}), self.disturber)
+        probing = self._prepare(plan, batching, todo, stop)
+        self.pace.pass_seconds = probing.seconds
+        self._file(probing, stop)
+        costs = [self._amounts(probe) for probe in todo]
+        order, done = self._order(todo, costs), 0
+        for place, number in enumerate(order):
+            expected = self.pace.of(costs[number])
+            if self.left is not None and done and expected > self.left:
+                continue  # a smaller one may still have room
+            ahead = sum(self.pace.of(costs[one]) for one in order[place:])
+            self._tell("probes", self.resumed + done, len(self.probes), self.resumed, ahead)
+            row = self._probe(todo[number], probing, stop)
+            self.pace.learn(costs[number], row["seconds"])
+            self.journal.add(row)
+            done += 1
         return {
             "errors": errors,
-            "complete": complete,
+            "complete": done == len(todo),
+            "notes": self.notes,
             "resumed": self.resumed,
             "reached": sorted(self.patcher.names),
             "spent": self.spent,
@@ -188,7 +211,47 @@ class Job:
         order = np.lexsort((plan.domain, place))[:asked]
         return Plan(plan.tokens[order], plan.domain[order], plan.domains, plan.first, plan.bos)
 
-    def _prepare(self, plan: Plan, batching: Batching, todo: int, stop: threading.Event) -> Probing:
+    def _amounts(self, probe: Json) -> dict[str, int]:
+        """Weights by type that a probe encodes."""
+        found: dict[str, int] = {}
+        for name, kind in probe["types"].items():
+            found[kind] = found.get(kind, 0) + self.source.tensors[name].n_elements
+        return found
+
+    def _order(self, todo: list[Json], costs: list[dict[str, int]]) -> list[int]:
+        """As planned; where the budget is too short for all, the first joint probes come first if they are cheap:
+        without any, nothing says how single costs combine."""
+        planned = list(range(len(todo)))
+        if self.left is None or sum(map(self.pace.of, costs)) <= self.left:
+            return planned
+        joints = [number for number in planned if todo[number]["joint"]][:_FIRST_JOINTS]
+        if sum(self.pace.of(costs[number]) for number in joints) > _JOINT_SHARE * self.left:
+            return planned
+        return [*joints, *(number for number in planned if number not in joints)]
+
+    def _file(self, probing: Probing, stop: threading.Event) -> None:
+        """The divergence of a whole Q8_0 file, run as files are: with what rounding of activations costs."""
+        path = self.payload["rounding"]
+        if path is None or ROUNDING in self.journal.rows:
+            return
+        started = time.monotonic()
+        self._tell("a Q8_0 file", 0, 1, 0, None)
+        options = self.options.model_copy(update={"mmap": True, "repack": True})
+        try:
+            with open_model(path) as file, Session(path, options) as session:
+                types = {name: info.type.name for name, info in file.tensors.items() if info.type.is_quantized}
+                found = probing.compare(stop, session)
+        except ApexError as error:
+            self.notes.append(f"what rounding of activations costs was not measured: {error.message}")
+            return
+        self.spent += probing.plan.tokens.size
+        self.journal.add(
+            {"key": ROUNDING, "group": "Q8_0 file", "kind": "file", "joint": False, "noise": False,
+             "types": {name: kind for name, kind in types.items() if name in self.payload["errors"]}, **found,
+             "tokens": int(probing.plan.tokens.size), "seconds": round(time.monotonic() - started, 3)}
+        )  # fmt: skip
+
+    def _prepare(self, plan: Plan, batching: Batching, todo: list[Json], stop: threading.Event) -> Probing:
         """The undisturbed pass, on as much text as the budget allows; then the floor, after a patch was taken back."""
         if self.journal.header:
             plan = _shorter(plan, int(self.journal.header["chunks"]))
@@ -198,9 +261,9 @@ class Job:
         self.spent += plan.tokens.size
         if not self.journal.header:
             chunks = len(plan.tokens)
-            if self.budget is not None:
-                left = max(self.budget - (time.monotonic() - self.started), 1.0)
-                affordable = int(chunks * left / max(probing.seconds * (todo + 1), 1e-6))
+            if self.left is not None:
+                encoding = sum(self.pace.encoding(self._amounts(probe)) for probe in todo)
+                affordable = int(chunks * (self.left - encoding) / max(probing.seconds * (len(todo) + 2), 1e-6))
                 chunks = max(min(LEAST_CHUNKS, chunks), min(chunks, affordable))
             if chunks < len(plan.tokens):
                 plan = _shorter(plan, chunks)
@@ -248,17 +311,6 @@ class Job:
 
             found[name] = self.disturber.write(self._weights(name), kind, loaded, put, noise=noise)
         return found
-
-    def _over_budget(self, done: int, probing: Probing) -> bool:
-        """Whether one more probe would end after the budget."""
-        if self.budget is None:
-            return False
-        now = time.monotonic() - self.started
-        return done > 0 and now + probing.seconds > self.budget
-
-    def _left(self, done: int, todo: int) -> float | None:
-        times = [row["seconds"] for row in self.journal.rows.values()][-20:]
-        return (todo - done) * float(np.mean(times)) if times else None
 
     def _tell(self, what: str, done: int, planned: int, resumed: int, left: float | None) -> None:
         self.emit({"event": "progress", "what": what, "done": done, "planned": planned, "resumed": resumed,

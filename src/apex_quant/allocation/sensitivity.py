@@ -17,6 +17,7 @@ from apex_quant.evaluation.pertoken import read_bounded
 from apex_quant.gguf import TYPES
 from apex_quant.gguf.writer import AtomicFile
 
+KINDS: Final = ("real", "noise", "estimated", "guessed", "unknown")
 SCHEMA: Final = "apex.sensitivity/1"
 MAX_BYTES: Final = 256 << 20  # 2,000 tensors with 25 types take 4 MB
 _SCHEMA = re.compile(r"apex\.sensitivity/(\d{1,9})(?:\.\d{1,9})?", re.ASCII)
@@ -49,11 +50,12 @@ class Probe(Measured):
 
     `weighted_error` is the mean over the group's tensors of their relative weighted error in this type (the same
     quantity as in `errors`, but of all rows that were really written). `kind` real: the encoder's own blocks;
-    noise: a random matrix of rank 32 of the same error instead; estimated: not measured, from neighbouring layers.
+    noise: a random matrix of rank 32 of the same error instead; estimated: not measured, from the same part of the
+    nearest layers; guessed: not measured, and nothing like it was: from its error, at the scale of what was measured.
     """
 
     type: str
-    kind: Literal["real", "noise", "estimated"] = "real"
+    kind: Literal["real", "noise", "estimated", "guessed"] = "real"
     weighted_error: Positive
 
 
@@ -106,7 +108,7 @@ class Sensitivities(_Part):
 
     `errors`: tensor -> type -> Distortion, for every tensor that can be quantized, with all types that its rows can
     hold; `floor`: the same measurement with nothing disturbed; `joint`: probes of whole recipes, from which cost.py
-    learns where costs do not add up.
+    learns where costs do not add up; `rounding`: a Q8_0 file, whose divergence is mostly that of rounded activations.
     """
 
     schema_: str = Field(default=SCHEMA, alias="schema")
@@ -118,7 +120,7 @@ class Sensitivities(_Part):
     errors: dict[str, dict[str, Distortion]]
     joint: list[Joint] = []
     floor: Measured | None = None
-    additivity: dict[str, Any] = {}
+    rounding: Joint | None = None
     tokens_spent: Count = 0
     seconds: Positive = 0.0
     warnings: list[str] = []
@@ -152,9 +154,11 @@ class Sensitivities(_Part):
             raise ValueError(f"no tensor type is called {unknown[0][:40]!r}")
         return self
 
-    def group_of(self) -> dict[str, Group]:
-        """Tensor -> its group."""
-        return {name: group for group in self.groups for name in group.tensors}
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many groups were measured with real weights, with noise, estimated, guessed, and not known at all."""
+        first = [group.probes[0].kind if group.probes else "unknown" for group in self.groups]
+        return {kind: first.count(kind) for kind in KINDS if kind in first}
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(by_alias=True, exclude_none=False)

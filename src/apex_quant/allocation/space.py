@@ -6,12 +6,13 @@ the answer, and goes on until the planned file fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from apex_quant.allocation.constraints import Constraints
-from apex_quant.allocation.problem import Group, InfeasibleError, Limits
+from apex_quant.allocation.problem import Group, InfeasibleError, Limits, Option
 from apex_quant.allocation.solver import RELATIVE_GAP, SECONDS, Solution, solve
 from apex_quant.errors import UsageError
 from apex_quant.gguf import GGMLType, GGUFModel, TensorSpec, ggml_type
@@ -59,7 +60,11 @@ class Fitted(Predicted):
 
 @dataclass(frozen=True)
 class Space:
-    """The groups to decide, what is fixed, and the model they belong to. Made by choices.make_space."""
+    """The groups to decide, what is fixed, and the model they belong to. Made by choices.make_space.
+
+    `likes`: tensor -> the measured one whose costs it takes, itself where it was measured; without those that nothing
+    is known of.
+    """
 
     model: GGUFModel
     importance: Importance | None
@@ -67,14 +72,13 @@ class Space:
     costs: Costs
     groups: tuple[Group, ...]
     fixed: Mapping[str, GGMLType]
+    likes: Mapping[str, str]
     constraints: Constraints
     notes: tuple[str, ...]
 
     def plan(self, types: Mapping[str, GGMLType]) -> Plan:
         """The plan of a choice: that of `apex quantize --recipe` with it."""
-        every = {**self.fixed, **types}
-        lines = [f"{anchored(name)}={kind.name}" for name, kind in every.items()]
-        return plan(self.model, None, imatrix=self.importance, options=replace(self.options, override=lines))
+        return plan_of(self.model, {**self.fixed, **types}, self.importance, self.options)
 
     def extreme(self, largest: bool) -> dict[str, GGMLType]:
         """The choice of the most, or of the fewest bytes."""
@@ -85,10 +89,48 @@ class Space:
         """Bytes of the smallest and of the largest file."""
         return self.plan(self.extreme(False)).total_bytes, self.plan(self.extreme(True)).total_bytes
 
+    def fit_bounds(self) -> tuple[int, int]:
+        """Bytes of the smallest and of the largest file that keep the second budget. Raises UsageError for none."""
+        smallest, largest = self.bounds()
+        if self.constraints.speeds is None:
+            return smallest, largest
+        if (slow := self._too_slow()) is not None:
+            raise slow
+        limits = self.limits(None)
+        least = solve(self.groups, limits, objective="bytes").types(self.groups)
+        return self.plan(least).total_bytes, largest
+
+    def cost(self, name: str, kind: GGMLType) -> float:
+        """What a tensor in a type adds to the sum: nothing as a float, in its own type, or where nothing is known."""
+        like = self.likes.get(name)
+        if like is None or kind.kind == "float" or kind == self.model.tensors[name].type:
+            return 0.0
+        return self.costs.cost(like, kind.name)
+
     def total(self, types: Mapping[str, GGMLType]) -> float:
-        """The sum of the costs of a choice."""
-        known = set(self.costs.tensors)
-        return sum(self.costs.cost(name, kind.name) for name, kind in types.items() if name in known)
+        """The sum of the costs of a choice, what is fixed included where `types` names it."""
+        return math.fsum(self.cost(name, kind) for name, kind in types.items())
+
+    @property
+    def fixed_cost(self) -> float:
+        """The part of the sum that is not the solver's to decide."""
+        return self.total(self.fixed)
+
+    def option(self, group: Group, kind: GGMLType) -> Option:
+        """A type for a group, also one that no solution needs. `seconds` is left out."""
+        tensors = self.model.tensors
+        size = sum(padded_bytes(tensors[name].shape, kind) for name in group.tensors)
+        return Option(kind, size, math.fsum(self.cost(name, kind) for name in group.tensors))
+
+    def taken(self, types: Mapping[str, GGMLType]) -> list[GGMLType] | None:
+        """The type of each group in a choice; None where tensors of a group differ."""
+        found = []
+        for group in self.groups:
+            kinds = {types[name] for name in group.tensors}
+            if len(kinds) != 1:
+                return None
+            found.append(kinds.pop())
+        return found
 
     def seconds(self, kind: GGMLType) -> float:
         """What all groups would take in one type, where a speed table is given."""
@@ -146,24 +188,23 @@ class Space:
             middle = (low + high) / 2
             low, high = (middle, high) if self.costs.corrected(middle) <= predicted else (low, middle)
         try:
-            found = solve(
-                self.groups, self.limits(None, low), objective="bytes", seconds=seconds, relative_gap=relative_gap
-            )
+            limits = self.limits(None, max(low - self.fixed_cost, 0.0))
+            found = solve(self.groups, limits, objective="bytes", seconds=seconds, relative_gap=relative_gap)
         except InfeasibleError as error:
-            if error.what != "cost":
-                raise self._infeasible(error, 0) from None
-            least = self.costs.corrected(error.least)
+            least = self._least_cost(error)
             raise UsageError(
-                f"no choice of types has a predicted KLD of {predicted:g}: the least is {least:.3g}",
-                hint="allow larger types with --types, such as f16",
+                f"no choice of types has a predicted KLD of {predicted:g}: the least is "
+                f"{self.costs.corrected(self.fixed_cost + least):.3g}",
+                hint="allow larger types with --types, such as f16"
+                + ("" if self.constraints.speeds is None else ", or a larger --max-slowdown"),
             ) from None
         # among equal sizes the one of least cost: the bytes were minimised and nothing else
         return self.fit(self.fitted(found).plan.total_bytes, seconds=seconds, relative_gap=relative_gap)
 
     def fitted(self, solution: Solution) -> Fitted:
         """A solution with its plan."""
-        types = solution.types(self.groups)
-        return Fitted(self.plan(types), self.costs.corrected(solution.cost), solution)
+        made = self.predicted(self.plan(solution.types(self.groups)))
+        return Fitted(made.plan, made.predicted, solution)
 
     def predicted(self, planned: Plan) -> Predicted:
         """A plan of any other origin with its prediction."""
@@ -171,7 +212,7 @@ class Space:
 
     def price(self, solution: Solution) -> float:
         """Nats of predicted KLD that one more byte saves, where `solution` minimised the cost under a size."""
-        cost, corrected = solution.cost, self.costs.corrected
+        cost, corrected = self.fixed_cost + solution.cost, self.costs.corrected
         if cost <= 0:
             return 0.0
         slope = (corrected(cost * (1 + _STEP)) - corrected(cost * (1 - _STEP))) / (2 * _STEP * cost)
@@ -182,19 +223,50 @@ class Space:
         own = {name for group in self.groups for name in group.tensors}
         return planned.total_bytes - sum(padded_bytes(t.shape, t.type) for t in planned.tensors if t.name in own)
 
-    def _infeasible(self, error: InfeasibleError | None, target: int) -> UsageError:
-        if error is not None and error.what != "bytes":
-            return UsageError(
-                f"no choice of types keeps all limits ({error.what}): too large, or slower than --max-slowdown allows",
-                hint="allow a larger size, or a larger --max-slowdown",
-            )
-        smallest, _ = self.bounds()
+    def _too_slow(self) -> UsageError | None:
+        """Where no size is fast enough: with the nearest feasible slowdown."""
+        speeds, most = self.constraints.speeds, self.limits(None).seconds
+        if speeds is None or most is None:
+            return None
+        least = math.fsum(min(o.seconds for o in group.options) for group in self.groups)
+        if least <= most:
+            return None
+        factor = math.ceil(1e4 * least / self.seconds(ggml_type(speeds.reference)) - 1e-6) / 1e4
         return UsageError(
-            f"no file of this model has at most {target} bytes with these types: the nearest feasible size is "
+            f"no choice of types keeps --max-slowdown {self.constraints.max_slowdown:g} of {speeds.reference}: the "
+            f"nearest feasible is {factor:g}",
+            hint="ask for that, or allow faster types with --types",
+        )
+
+    def _least_cost(self, error: InfeasibleError) -> float:
+        """The least sum of costs that the other limits allow. Raises UsageError where they exclude everything."""
+        if (slow := self._too_slow()) is not None:
+            raise slow from None
+        return error.least if error.what == "cost" else solve(self.groups, self.limits(None)).cost
+
+    def _infeasible(self, error: InfeasibleError | None, target: int) -> UsageError:
+        """Nothing has at most `target` bytes: with the nearest feasible size."""
+        if (slow := self._too_slow()) is not None:
+            return slow
+        smallest, fast = self.bounds()[0], ""
+        if error is not None and error.what != "bytes":  # small enough and fast enough, but not both
+            found = solve(self.groups, self.limits(None), objective="bytes")
+            smallest = self.plan(found.types(self.groups)).total_bytes
+            fast = f" and within --max-slowdown {self.constraints.max_slowdown:g}"
+        return UsageError(
+            f"no file of this model has at most {target} bytes with these types{fast}: the nearest feasible size is "
             f"{smallest} bytes ({smallest / 1e6:.2f} MB)",
             hint="ask for that size, or allow smaller types"
             + ("" if self.importance is not None else "; many need an importance matrix (--imatrix)"),
         )
+
+
+def plan_of(
+    model: GGUFModel, types: Mapping[str, GGMLType], importance: Importance | None, options: PlanOptions
+) -> Plan:
+    """The plan of `apex quantize --recipe` with these types."""
+    lines = [f"{anchored(name)}={kind.name}" for name, kind in types.items()]
+    return plan(model, None, imatrix=importance, options=replace(options, override=lines))
 
 
 def padded_bytes(shape: tuple[int, ...], kind: GGMLType) -> int:

@@ -1,4 +1,5 @@
-"""The text that probes run on: a third set, of which neither calibration nor evaluation has a run of 13 words.
+"""The texts that probes run on and that recipes are chosen by: a third and a fourth set, which share no run of 13 words
+with each other, with what calibrates or with what evaluates.
 
 Files may be given instead; then the shared runs are counted and reported.
 """
@@ -19,6 +20,7 @@ from apex_quant.text.corpus import probe
 from apex_quant.text.overlap import WORDS, overlap
 
 BUILTIN = "probe"
+VALIDATION = evaluation_texts.VALIDATION
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,27 @@ class ProbeTexts:
 def read_texts(model: GGUFModel, files: Sequence[str | Path] | None) -> ProbeTexts:
     """The built-in probe text by domain in the model's chat format, or files, each a text. Raises InputError."""
     if files:
-        read = evaluation_texts.read_texts(model, files)
-        name, texts = ", ".join(Path(file).name for file in files), read.texts
-        notes = [*read.notes, *_shared(read.texts)]
-    else:
-        name, (texts, said) = BUILTIN, _builtin(model)
-        notes = list(said)
-    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
-    return ProbeTexts(name, texts, digest, tuple(notes))
+        return _given(model, files)
+    texts, notes = _builtin(model)
+    return ProbeTexts(BUILTIN, texts, _digest(texts), tuple(notes))
+
+
+def validation_texts(model: GGUFModel, files: Sequence[str | Path] | None) -> ProbeTexts:
+    """The built-in validation text, or files; as evaluate() reads VALIDATION or these files. Raises InputError."""
+    if files:
+        return _given(model, files)
+    read = evaluation_texts.read_texts(model, [VALIDATION])
+    return ProbeTexts(VALIDATION, read.texts, _digest(read.texts), read.notes)
+
+
+def _given(model: GGUFModel, files: Sequence[str | Path]) -> ProbeTexts:
+    read = evaluation_texts.read_texts(model, files)
+    name = ", ".join(Path(file).name for file in files)
+    return ProbeTexts(name, read.texts, _digest(read.texts), (*read.notes, *_shared(read.texts)))
+
+
+def _digest(texts: Sequence[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _builtin(model: GGUFModel) -> tuple[tuple[dict[str, Any], ...], Sequence[str]]:

@@ -1,7 +1,8 @@
 """Whole files of candidate recipes, encoded in one pass and measured against the full-precision model.
 
 Costs of single tensors do not say all: they were measured one at a time and on finite text, and the least of many noisy
-sums is too low. So a few recipes are built and measured jointly, on text that neither calibrated nor will judge them.
+sums is too low. So a few recipes are built and measured jointly, on text that neither calibrated, nor made the costs,
+nor will judge them.
 """
 
 from __future__ import annotations
@@ -10,28 +11,32 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from apex_quant.allocation.space import Predicted
-from apex_quant.allocation.texts import read_texts
+from apex_quant.allocation.measure import CTX
+from apex_quant.allocation.space import Predicted, plan_of
+from apex_quant.allocation.texts import VALIDATION, ProbeTexts, validation_texts
 from apex_quant.encode.job import EXECUTOR, JobProgress, run_job
 from apex_quant.encode.quantize import refuse_unsafe, usable_cpus
-from apex_quant.errors import ResourceError
+from apex_quant.errors import InputError, ResourceError
 from apex_quant.evaluation import token_job
-from apex_quant.evaluation.compare import A_LOWER, Pair, compare
+from apex_quant.evaluation.compare import A_LOWER, compare
 from apex_quant.evaluation.evaluate import evaluate
+from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.make_reference import make_reference
 from apex_quant.evaluation.results import Results, load
 from apex_quant.evaluation.token_job import EvaluationProgress
-from apex_quant.gguf import GGUFModel
+from apex_quant.gguf import GGUFModel, open_model
 from apex_quant.importance import Importance
+from apex_quant.importance.fill import prior_of
 from apex_quant.native import Child, library_info
-from apex_quant.recipe.planned import PlanOptions
+from apex_quant.recipe.planned import Plan, PlanOptions
 from apex_quant.runtime.options import SessionOptions
 
-CTX: Final = 256  # short, so that the probe text has the chunks that an interval takes
+_FORMAT: Final = 2  # of what is kept in the folder
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,11 @@ class Candidate:
 class Validator:
     """Encodes and measures recipes of one model in `folder`; what was measured there before is not measured again.
 
+    Names of kept files say by hashes of what they are: model, matrix, text, reference, options, library.
+
     `reference`: a .apexref or GGUF, with its own text where it has one; None makes a .apexref of the model on the
-    probe text (or on `text`), in `folder`. `keep`: the encoded files, not only what was measured.
+    validation text (or on `text`) in chunks of `ctx` tokens, in `folder`. `keep`: the encoded files, not only what was
+    measured.
     """
 
     model: GGUFModel
@@ -79,6 +87,7 @@ class Validator:
     options: PlanOptions
     reference: Path | None = None
     text: Sequence[str | Path] | None = None
+    ctx: int = CTX
     chunks: int | None = None
     session: SessionOptions = field(default_factory=SessionOptions)
     threads: int | None = None
@@ -94,7 +103,7 @@ class Validator:
             sha = file.plan.recipe.sha256
             if sha not in self.known and all(sha != other.plan.recipe.sha256 for other in new.values()):
                 new[name] = file
-        paths = {name: self.folder / f"{file.plan.recipe.sha256[:16]}.gguf" for name, file in new.items()}
+        paths = {name: self._path(file) for name, file in new.items()}
         todo = {name: path for name, path in paths.items() if not self._measured(path)}
         self.encode([(new[name], path) for name, path in todo.items()])
         for name, path in paths.items():
@@ -116,7 +125,7 @@ class Validator:
         with Child(EXECUTOR, single_blas=True) as child:
             run_job(
                 self.model,
-                [(file.plan, path) for file, path in pairs],
+                [(self._whole(file), path) for file, path in pairs],
                 imatrix=self.imatrix,
                 imatrix_sha256=self.importance.sha256 if self.importance else None,
                 threads=threads,
@@ -125,19 +134,69 @@ class Validator:
                 child=child,
             )
 
+    def _whole(self, file: Predicted) -> Plan:
+        """A candidate is one file, whatever shards are asked for in the end."""
+        if len(file.plan.layouts) == 1:
+            return file.plan
+        options = replace(self.options, split_max_size=None, keep_split=False)
+        return plan_of(self.model, file.types, self.importance, options)
+
     def drop(self, candidates: Sequence[Candidate]) -> None:
         """Remove their files; what was measured stays."""
         for candidate in candidates:
             candidate.path.unlink(missing_ok=True)
             candidate.path.with_name(candidate.path.name + ".journal").unlink(missing_ok=True)
 
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What recipes are measured by, with hashes of all content: what repeats it, and tells it from other runs."""
+        texts = self._texts
+        own = self.reference is not None and self.reference.suffix.lower() != ".gguf"
+        return {
+            "text": None if own else {"name": texts.name, "sha256": texts.sha256, "notes": list(texts.notes)},
+            "reference": self._about_reference(),
+            "ctx": None if own else self.ctx,
+            "chunks": None if own else self.chunks,
+            "session": self.session.model_dump(mode="json", exclude={"threads"}),
+        }
+
+    def _about_reference(self) -> dict[str, Any]:
+        if self.reference is None:
+            return {"name": self.model.path.name, "samples_sha256": self._encoded_from["model"]}
+        if self.reference.suffix.lower() == ".gguf":
+            with open_model(self.reference) as other:
+                return {"name": self.reference.name, "samples_sha256": sampled(other)}
+        try:
+            with self.reference.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{self.reference}: cannot be read: {error.strerror}") from None
+        return {"name": self.reference.name, "sha256": digest}
+
+    @cached_property
+    def _encoded_from(self) -> dict[str, Any]:
+        """What decides the bytes of a candidate besides its recipe."""
+        return {
+            "model": sampled(self.model),
+            "imatrix": self.importance.sha256 if self.importance is not None else None,
+            "fill": prior_of(self.importance, self.options.fill) if self.importance is not None else None,
+            "library": library_info().version,
+        }
+
+    @cached_property
+    def _texts(self) -> ProbeTexts:
+        return validation_texts(self.model, self.text)
+
+    def _path(self, file: Predicted) -> Path:
+        return self.folder / f"{file.plan.recipe.sha256[:16]}-{_digest(self._encoded_from)}.gguf"
+
+    @cached_property
     def _key(self) -> str:
         """What decides the measurement besides the file."""
-        said = [str(self.reference), [str(one) for one in self.text or ()], self.chunks]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
+        return _digest({**self.about, "format": _FORMAT, "library": library_info().version})
 
     def _out(self, path: Path) -> Path:
-        return path.with_name(f"{path.stem}.{self._key()}.json")
+        return path.with_name(f"{path.stem}.{self._key}.json")
 
     def _measured(self, path: Path) -> bool:
         return self._out(path).exists() and "kld" in load(self._out(path)).metrics
@@ -153,8 +212,8 @@ class Validator:
             reference=reference,
             source=source,
             only=("kld",),
-            text=self._texts() if live else None,
-            ctx=CTX if live else token_job.CTX,  # a stored reference has its own
+            text=self._files if live else None,
+            ctx=self.ctx if live else token_job.CTX,  # a stored reference has its own
             chunks=self.chunks if live else None,
             scored="all" if live else "half",
             out=out,
@@ -166,13 +225,13 @@ class Validator:
         """(what to compare with, the model whose output matrix it needs)."""
         if self.reference is not None:
             return self.reference, None if self.reference.suffix.lower() == ".gguf" else self.model.path
-        made = self.folder / f"validation.{self._key()}.apexref"
+        made = self.folder / f"validation.{self._key}.apexref"
         if not made.exists():
             make_reference(
                 self.model.path,
                 made,
-                text=self._texts(),
-                ctx=CTX,
+                text=self._files,
+                ctx=self.ctx,
                 chunks=self.chunks,
                 scored="all",
                 options=self.session,
@@ -180,23 +239,21 @@ class Validator:
             )
         return made, self.model.path
 
-    def _texts(self) -> list[Path]:
-        """The validation text as files: those given, or the built-in probe text."""
-        if self.text:
-            return [Path(one) for one in self.text]
-        paths = []
-        for one in read_texts(self.model, None).texts:
-            path = self.folder / f"probe-{one['name']}.txt"
-            path.write_text("".join(piece for piece, _ in one["pieces"]), encoding="utf-8")
-            paths.append(path)
-        return paths
+    @property
+    def _files(self) -> list[str | Path]:
+        """The validation text for evaluate()."""
+        return list(self.text or [VALIDATION])
 
 
-def best_of(candidates: Sequence[Candidate]) -> tuple[Candidate, list[Pair]]:
-    """The candidate of least measured KLD, and how each other one compares with it, on the same tokens."""
-    best = min(candidates, key=lambda one: one.value)
-    others = [one for one in candidates if one is not best]
-    return best, [compare([best.results, one.results], ["kld"])[0] for one in others]
+def _digest(document: Mapping[str, Any]) -> str:
+    """Eight digits of a hash."""
+    said = json.dumps(document, sort_keys=True).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(said).hexdigest()[:8]
+
+
+def best_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate of least measured KLD."""
+    return min(candidates, key=lambda one: one.value)
 
 
 def shown_lower(candidate: Candidate, than: Candidate) -> bool:

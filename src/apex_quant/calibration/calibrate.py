@@ -33,6 +33,8 @@ COLLECTOR = "apex_quant.calibration.collect"
 TOKENS = 50_000
 COVER_LIMIT = 4  # --cover draws at most this many times the tokens asked for
 SAVE_SECONDS = 30.0
+# options of a session that say where a model runs, not what is computed
+_PLACES = {"threads", "gpu_layers", "tensor_split", "mmap", "cpu_experts", "tensor_buffers", "repack"}
 _FORMAT = 1  # of the sums on disk and of what they mean; part of what a resumed run must agree on
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -106,6 +108,7 @@ def calibrate(
     `corpus`: 'builtin', files, folders, hub:NAME. `mix`: weights by kind of text (default: what the corpus has).
     `cover`: draw further text, first of the kinds that reach them, for experts with fewer than `floor` tokens.
     `heads`: also collect for the output matrix, which llama-imatrix leaves out. `options.ctx` is the length of a chunk.
+    `force`: replace a file that was made in another way; one that the same call has finished is found, as without it.
 
     Raises UsageError, InputError, ResourceError (BusyError while another process calibrates into `out`) or
     NativeError; there is never a broken file under the name `out`.
@@ -175,7 +178,7 @@ def calibrate(
 
 
 def _spec(model: GGUFModel, asked: Mapping[str, Any], options: SessionOptions) -> str:
-    """A hash of everything that decides the result, but for the number of threads."""
+    """A hash of everything that decides the result; where and with how many threads the model runs does not."""
     digest = hashlib.sha256()
     for file in model.files:
         path = Path(file.path)
@@ -185,7 +188,7 @@ def _spec(model: GGUFModel, asked: Mapping[str, Any], options: SessionOptions) -
             for number in range(_SAMPLES):
                 data.seek(size * number // _SAMPLES)
                 digest.update(data.read(_SAMPLE_BYTES))
-    rest = [_FORMAT, asked, options.model_dump(mode="json", exclude={"threads"}), library_info().version]
+    rest = [_FORMAT, asked, options.model_dump(mode="json", exclude=_PLACES), library_info().version]
     digest.update(json.dumps(rest, sort_keys=True).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -198,8 +201,6 @@ def _finished(out: Path, spec: str, model: GGUFModel, force: bool) -> Calibratio
         return None
     if any(out.samefile(file.path) for file in model.files):
         raise UsageError(f"{out} is the model itself", hint="choose another -o")
-    if force:
-        return None
     try:
         with Importance.read(out) as matrix:
             known = matrix.metadata.get("apex.calibration.spec")
@@ -210,6 +211,8 @@ def _finished(out: Path, spec: str, model: GGUFModel, force: bool) -> Calibratio
                 return Calibration(**made, warnings=(), seconds=0.0, resumed=0, unchanged=True)
     except (ValueError, KeyError):
         pass
+    if force:
+        return None
     raise UsageError(f"{out} exists and was made in another way", hint="--force replaces it")
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from apex_quant.cli import one_line, safe
 from apex_quant.cli.calibrate import calibrate
 from apex_quant.cli.chat import chat
+from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.convert import convert, convert_mlx
 from apex_quant.cli.evaluate import evaluate, reference
 from apex_quant.cli.export import export
@@ -23,6 +20,7 @@ from apex_quant.cli.imatrix import imatrix_app
 from apex_quant.cli.kv import kv
 from apex_quant.cli.measure import measure
 from apex_quant.cli.optimize import frontier, optimize
+from apex_quant.cli.options import Force, Json, Threads
 from apex_quant.cli.pipeline import run, status
 from apex_quant.cli.publish import publish
 from apex_quant.cli.report import card, report, which
@@ -63,12 +61,7 @@ app.command()(run)
 app.command()(status)
 app.add_typer(imatrix_app, name="imatrix")
 
-_PIPE_WIDTH = 1000  # lines are for tools then, and none is broken
-
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="a GGUF file, or any shard of one")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
-Threads = Annotated[int | None, typer.Option("-j", "--threads", min=1, help="threads (default: all processors)")]
-Force = Annotated[bool, typer.Option("--force", help="replace an existing file once the new one is complete")]
 TierNames = Annotated[
     list[str] | None,
     typer.Option("--tier", metavar="TIER", help="tier, llama.cpp mix or .toml file; repeat, or separate by commas; "
@@ -104,26 +97,6 @@ Prune = Annotated[str | None, typer.Option("--prune-layers", metavar="L0,L1,..."
 SplitSize = Annotated[str | None, typer.Option("--split-max-size", metavar="SIZE", help="shards of at most this, 48G")]
 KeepSplit = Annotated[bool, typer.Option("--keep-split", help="as many shards as the source")]
 Requantize = Annotated[bool, typer.Option("--allow-requantize", help="also from tensors that are already quantized")]
-
-
-def _console(as_json: bool) -> Console:
-    """Where people read: standard output, or standard error when that carries JSON."""
-    stream = sys.stderr if as_json else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(file=stream, highlight=False, emoji=False, width=width)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=True, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _options(
@@ -193,9 +166,9 @@ def quickstart(
     """See it work: inspect, plan, calibrate, quantize, verify and evaluate the model in the package."""
     from apex_quant.cli.quickstart import quickstart as run
 
-    document = run(folder, _console(as_json))
+    document = run(folder, console_for(as_json))
     if as_json:
-        _print_json(document)
+        print_json(document)
 
 
 @app.command()
@@ -206,9 +179,9 @@ def doctor(as_json: Json = False) -> None:
 
     found = run()
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show_diagnosis(_console(False), found)
+        show_diagnosis(console_for(False), found)
 
 
 @app.command()
@@ -222,9 +195,9 @@ def tiers(as_json: Json = False) -> None:
             {"needs_imatrix": tier.importance == "required", **tier.model_dump(exclude_none=True)}
             for tier in published_tiers()
         ]
-        _print_json({"tiers": rows})
+        print_json({"tiers": rows})
     else:
-        show_tiers(_console(False), published_tiers())
+        show_tiers(console_for(False), published_tiers())
 
 
 @app.command()
@@ -252,9 +225,9 @@ def inspect(
 
         report = run(opened, tensors=tensors, statistics=stats, progress=progress)
     if as_json:
-        _print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json"))
     else:
-        show_inspection(_console(False), report)
+        show_inspection(console_for(False), report)
 
 
 @app.command()
@@ -309,11 +282,11 @@ def plan(
                 {k: d[k] for k in ("tier", "total_bytes", "bpw")} | {"fits": d["total_bytes"] <= limit}
                 for d in documents
             ]
-            _print_json({"model": documents[0]["model"], "limit": limit, "plans": rows})
+            print_json({"model": documents[0]["model"], "limit": limit, "plans": rows})
         else:
-            _print_json(documents[0] if len(documents) == 1 else {"plans": documents})
+            print_json(documents[0] if len(documents) == 1 else {"plans": documents})
         return
-    console = _console(False)
+    console = console_for(False)
     if limit is not None:
         show_fit(console, plans, limit)
         return
@@ -361,6 +334,9 @@ def quantize(
     sensitivity: Annotated[
         Path | None, typer.Option("--sensitivity", metavar="FILE", help="of apex measure, for --measured")
     ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="DIR", help="keep what --measured encoded and measured here")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make every requested file in one pass over the model. Interrupted, the same command goes on."""
@@ -375,10 +351,10 @@ def quantize(
         fill,
     )  # fmt: skip
     if measured:
-        quantize_measured(model, tier, imatrix, sensitivity, out, options, threads, force, dry_run, as_json)
+        quantize_measured(model, tier, imatrix, sensitivity, work, out, options, threads, force, dry_run, as_json)
         return
-    if sensitivity is not None:
-        raise UsageError("--sensitivity is for --measured: a tier does not read it")
+    if sensitivity is not None or work is not None:
+        raise UsageError("--sensitivity and --work are for --measured: a tier does not read them")
     with JobBar(f"quantizing {model.name}") as bar:
         result = run(
             model,
@@ -401,9 +377,9 @@ def quantize(
             }
         if dry_run:
             document["plans"] = [one.to_json() for one in result.plans]
-        _print_json(document)
+        print_json(document)
         return
-    console = _console(False)
+    console = console_for(False)
     if dry_run:
         for one in result.plans:
             show_plan(console, one)
@@ -435,9 +411,9 @@ def verify(
             file, source=source, imatrix=imatrix, everything=everything, seed=seed, threads=threads, progress=bar
         )
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
-        show_verification(_console(False), result)
+        show_verification(console_for(False), result)
     if not result.ok:
         failed = ", ".join(check.name for check in result.checks if check.ok is False)
         raise InputError(f"{file}: failed: {failed}")
@@ -459,9 +435,9 @@ def diff(
     with JobBar("comparing", quiet=as_json) as bar:
         found = run(a, b, headers_only=headers_only, values=values, progress=bar)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show_difference(_console(False), found)
+        show_difference(console_for(False), found)
 
 
 @app.command()
@@ -517,7 +493,7 @@ class _bytes_bar:
 def _show_paths(paths: list[Path], as_json: bool) -> None:
     rows = [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
     if as_json:
-        _print_json({"outputs": rows})
+        print_json({"outputs": rows})
     else:
         for row in rows:
             print(one_line(f"{row['path']}  {row['bytes']} bytes"))

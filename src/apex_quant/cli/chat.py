@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apex_quant.cli import one_line, safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 from apex_quant.errors import ApexError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
     from apex_quant.serving.chat import Conversation, Reply
 
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 _HELP = "/new begins anew, /quit (or Ctrl-D) ends"
 
 
@@ -38,19 +39,18 @@ def chat(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Talk to a model; with --vs to two, and see where their answers first part."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.serving.chat import chat as run
 
     if as_json and message is None:
         raise UsageError("--json goes with one question", hint="-m TEXT")
-    console = _console(as_json)
+    console = console_for(as_json)
     print("loading", file=sys.stderr, flush=True)
     with run(model, vs=vs, ctx=ctx, kv=kv, system=system, threads=threads, server=server) as conversation:
         if message is not None:
             if as_json:
                 reply = conversation.ask(message, max_tokens=max_tokens, temperature=temperature, seed=seed)
                 names = [service.plan.model.name for service in conversation.services]
-                _print_json({"models": names, "message": message, **reply.to_json()})
+                print_json({"models": names, "message": message, **reply.to_json()})
             else:
                 _turn(console, conversation, message, max_tokens, temperature, seed)
             return

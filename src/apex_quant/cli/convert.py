@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from apex_quant.cli import one_line, safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Force, Json
+from apex_quant.cli.progress import Bar
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
     from apex_quant.convert import Conversion, ConvertProgress
     from apex_quant.mlx import MlxConversion
 
-_LINE_SECONDS = 10.0
 
 Source = Annotated[
     str, typer.Argument(metavar="HF_DIR|HF_ID", help="a checkpoint directory, or a hub id such as Qwen/Qwen3.5-35B-A3B")
@@ -28,50 +27,14 @@ Python = Annotated[Path | None, typer.Option("--python", metavar="PATH", help="t
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="branch, tag or commit of the hub repository")
 ]
-Force = Annotated[bool, typer.Option("--force", help="replace an existing file once the new one is complete")]
 Log = Annotated[bool, typer.Option("--log", help="show the converter's whole log on standard error")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
-class ConvertBar:
-    """A context manager; call it with each ConvertProgress. A bar on a terminal, now and then a line elsewhere."""
-
-    def __init__(self, what: str, *, quiet: bool = False) -> None:
-        self.what, self.quiet = what, quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> ConvertBar:
-        if sys.stderr.isatty() and not self.quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[detail]}[/]"),
-                console=Console(stderr=True, emoji=False),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(safe(self.what), total=1.0, detail="starting")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+class ConvertBar(Bar):
+    """Call it with each ConvertProgress."""
 
     def __call__(self, event: ConvertProgress) -> None:
-        now = time.monotonic()
-        if self._bar is not None and self._task is not None:
-            what = safe(f"{self.what} ({event.phase})")
-            self._bar.update(self._task, description=what, completed=event.share, detail=safe(event.detail))
-        elif not self.quiet and now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
-            line = one_line(f"{self.what}: {event.phase} {event.share:.0%} {event.detail}")
-            print(line, file=sys.stderr, flush=True)
+        self.show(event.share, event.detail, what=f"{self.what} ({event.phase})")
 
 
 def _say(line: str) -> None:
@@ -109,7 +72,6 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """A Hugging Face checkpoint to GGUF, by llama.cpp's own converter."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.convert import convert as run
     from apex_quant.convert import describe as look
     from apex_quant.converter_python import set_up
@@ -119,16 +81,16 @@ def convert(
     if describe and source is not None:
         found = look(source)
         if as_json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
-            _show_checkpoint(_console(False), found.to_json())
+            _show_checkpoint(console_for(False), found.to_json())
         return
     if setup:
         made = set_up(say=_say)
         python = python or made.path
         if source is None:
             if as_json:
-                _print_json({"python": str(made.path), "versions": made.versions})
+                print_json({"python": str(made.path), "versions": made.versions})
             return
     assert source is not None
     with ConvertBar(f"converting {Path(source).name}", quiet=log) as bar:
@@ -148,9 +110,9 @@ def convert(
             say=_say if log else None,
         )
     if as_json:
-        _print_json(done.to_json())
+        print_json(done.to_json())
     else:
-        _show_conversion(_console(False), done)
+        _show_conversion(console_for(False), done)
 
 
 def _show_conversion(console: Console, done: Conversion) -> None:
@@ -187,7 +149,6 @@ def convert_mlx(
     as_json: Json = False,
 ) -> None:
     """A Hugging Face checkpoint to MLX, with a tier's bits in each layer."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.mlx import convert_mlx as run
 
     done = run(
@@ -200,9 +161,9 @@ def convert_mlx(
         say=_say if log else None,
     )
     if as_json:
-        _print_json(done.to_json())
+        print_json(done.to_json())
     else:
-        _show_mlx(_console(False), done)
+        _show_mlx(console_for(False), done)
 
 
 def _show_mlx(console: Console, done: MlxConversion) -> None:

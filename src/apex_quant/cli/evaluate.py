@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from apex_quant.cli import one_line, safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import (
+    Buffers,
+    CpuExperts,
+    Force,
+    GpuLayers,
+    Json,
+    NoMmap,
+    TensorSplit,
+    Threads,
+    session_options,
+)
+from apex_quant.cli.progress import Bar
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,9 +32,7 @@ if TYPE_CHECKING:
     from apex_quant.evaluation.schema import Results
     from apex_quant.evaluation.speed import SpeedPlan
     from apex_quant.evaluation.token_job import EvaluationProgress
-    from apex_quant.runtime.options import SessionOptions
 
-_LINE_SECONDS = 10.0
 _CONTEXT_SHOWN = 80  # characters before the token with the largest divergence
 _SMALL = 0.05  # a mean KLD below this is shown with the backend's floor, when that was measured
 
@@ -41,64 +49,25 @@ Chunks = Annotated[int | None, typer.Option("--chunks", min=1, help="at most so 
 EveryToken = Annotated[
     bool, typer.Option("--every-token", help="score all tokens after an eighth of the context, not the second half")
 ]
-Threads = Annotated[int | None, typer.Option("-j", "--threads", min=1, help="threads (default: all processors)")]
-GpuLayers = Annotated[int, typer.Option("--gpu-layers", min=-1, help="layers on the GPU; -1 for all")]
-CpuExperts = Annotated[
-    bool, typer.Option("--cpu-experts", help="routed experts stay in main memory, whatever --gpu-layers says")
-]
-TensorSplit = Annotated[str | None, typer.Option("--tensor-split", metavar="N,N,...", help="shares of several GPUs")]
-Buffers = Annotated[
-    list[str] | None, typer.Option("--override-tensor", metavar="REGEX=BUFFER", help="where matching tensors live")
-]
-NoMmap = Annotated[bool, typer.Option("--no-mmap", help="read the model into memory")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
-class EvaluationBar:
-    """A context manager; call it with each EvaluationProgress. A bar on a terminal, now and then a line elsewhere."""
+class EvaluationBar(Bar):
+    """Call it with each EvaluationProgress."""
 
-    def __init__(self, name: str, *, quiet: bool = False) -> None:
-        self.name, self.quiet = name, quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._what = ""
-        self._start = self._last_line = time.monotonic()
-
-    def __enter__(self) -> EvaluationBar:
-        if sys.stderr.isatty() and not self.quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[told]}"),
-                console=Console(stderr=True, emoji=False),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(safe(self.name), total=1.0, told="loading")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def __init__(self, what: str, *, quiet: bool = False) -> None:
+        super().__init__(what, quiet=quiet)
+        self._part, self._start = "", time.monotonic()
 
     def __call__(self, event: EvaluationProgress) -> None:
         now = time.monotonic()
-        if event.what != self._what:
-            self._what, self._start = event.what, now
-        share = event.done / max(event.planned, 1)
+        if event.what != self._part:
+            self._part, self._start = event.what, now
         rate = (event.done - event.resumed) / max(now - self._start, 0.1)
         told = f"{event.what}: {event.done} of {event.planned} {_unit(event)}"
         if rate:
             speed = f"{rate * event.tokens:.0f} tokens/s" if event.tokens else f"{rate:.1f} {_unit(event)}/s"
             told += f", {speed}, ETA {(event.planned - event.done) / rate:.0f} s"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, told=told)
-        elif not self.quiet and now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
-            print(one_line(f"{self.name}: {told}"), file=sys.stderr, flush=True)
+        self.show(event.done / max(event.planned, 1), told)
 
 
 def _unit(event: EvaluationProgress) -> str:
@@ -161,7 +130,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Perplexity, divergence from a reference, accuracy, each with its error. Interrupted, the command goes on."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.evaluation.evaluate import evaluate as run
 
     options = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap)
@@ -186,9 +154,9 @@ def evaluate(
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_results(_console(False), made)
+        show_results(console_for(False), made)
 
 
 def reference(
@@ -211,13 +179,10 @@ def reference(
     tensor_split: TensorSplit = None,
     tensor_buffers: Buffers = None,
     no_mmap: NoMmap = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="replace an existing file once the new one is complete")
-    ] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Keep what a full-precision model predicts, for apex eval --reference. Interrupted, the same command goes on."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.evaluation.make_reference import make_reference as run
 
     options = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap)
@@ -236,38 +201,9 @@ def reference(
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_reference(_console(False), made)
-
-
-def session_options(
-    threads: int | None,
-    gpu_layers: int,
-    cpu_experts: bool,
-    tensor_split: str | None,
-    tensor_buffers: list[str] | None,
-    no_mmap: bool,
-) -> SessionOptions:
-    """SessionOptions from the command line. Raises UsageError."""
-    from pydantic import ValidationError
-
-    from apex_quant.runtime.options import SessionOptions
-
-    try:
-        return SessionOptions(
-            threads=threads,
-            gpu_layers=gpu_layers,
-            cpu_experts=cpu_experts,
-            tensor_split=tuple(float(word) for word in tensor_split.split(",")) if tensor_split else (),
-            tensor_buffers=tuple(tensor_buffers or ()),
-            mmap=not no_mmap,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError:
-        raise UsageError(f"--tensor-split {tensor_split!r} is not a list of numbers such as 3,1") from None
+        show_reference(console_for(False), made)
 
 
 def _speed_plan(prompts: str | None, generate: str | None, depths: str | None, repetitions: int) -> SpeedPlan | None:

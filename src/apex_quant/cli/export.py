@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from apex_quant.cli import safe
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
 
 def export(
@@ -36,7 +36,6 @@ def export(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Ready configurations with context, cache types, template, sampling defaults and sha256, checked."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.progress import JobBar
     from apex_quant.cli.show import show_warnings
     from apex_quant.encode.job import JobProgress
@@ -49,9 +48,9 @@ def export(
             progress=lambda done, total: bar(JobProgress("sha256", done, total, done, total, "")),
         )  # fmt: skip
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
         return
-    console = _console(False)
+    console = console_for(False)
     for path in made.paths:
         console.print(safe(str(path)))
     show_warnings(console, list(made.warnings))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from apex_quant.model.kv_cache import LayerCache
     from apex_quant.serving.fit import Fit
     from apex_quant.serving.joint import Joint
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
 def fit(
@@ -45,7 +45,6 @@ def fit(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Exact bytes of weights, KV cache and states, compute buffers, expert offload: what fits, how much context."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.serving.fit import fit as run
     from apex_quant.sizes import parse_size
 
@@ -63,9 +62,9 @@ def fit(
         results=results or (),
     )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show(_console(False), found)
+        show(console_for(False), found)
 
 
 def _size(text: str) -> int:
@@ -92,9 +91,8 @@ def show(console: Console, found: Fit) -> None:
         )  # fmt: skip
     console.print(made)
     sequences = f" for each of {found.parallel} sequences" if found.parallel > 1 else ""
-    console.print(
-        f"asked: {found.ctx:,} tokens{sequences}, device {_mib(found.vram)} of which {_mib(found.reserve)} stay free"
-    )
+    free = "not used" if found.reserve >= found.vram else f"of which {_mib(found.reserve)} stay free"
+    console.print(f"asked: {found.ctx:,} tokens{sequences}, device {_mib(found.vram)} {free}")
     compute, error = found.compute.at(found.ctx), found.compute.error
     console.print(f"compute buffers {_mib(compute)} ± {error:.0%}: {safe(found.compute.source)}")
     if found.options:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Force, Json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +26,6 @@ _MOST = 40  # rows of a table; --json has all
 
 Matrix = Annotated[Path, typer.Argument(metavar="FILE", help="importance matrix, GGUF or .dat")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="the new file, .gguf or .dat")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
-Force = Annotated[bool, typer.Option("--force", help="replace an existing file once the new one is complete")]
 
 
 @imatrix_app.command()
@@ -36,15 +36,14 @@ def show(
     as_json: Json = False,
 ) -> None:
     """What a matrix holds, and which experts it has few tokens for."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.importance import Importance, report
 
     with Importance.read(file) as matrix:
         found = report(matrix, file, floor=floor)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _show(_console(False), found, entries)
+        _show(console_for(False), found, entries)
 
 
 @imatrix_app.command()
@@ -73,14 +72,13 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Entries that only one has, and how far the weights of the others are apart."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.importance import compare
 
     found = compare(a, b)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _show_comparison(_console(False), found)
+        _show_comparison(console_for(False), found)
 
 
 @imatrix_app.command()
@@ -113,14 +111,13 @@ def fill(
 
 
 def _told(saved: Saved, more: list[str], as_json: bool) -> None:
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.show import human, show_warnings
 
     warnings = [*saved.warnings, *more]
     if as_json:
-        _print_json({**saved.to_json(), "warnings": warnings})
+        print_json({**saved.to_json(), "warnings": warnings})
         return
-    console = _console(False)
+    console = console_for(False)
     prior = f", filled: {safe(saved.prior)}" if saved.prior else ""
     console.print(
         f"{safe(str(saved.path))}  {human(saved.bytes)}, {saved.entries} entries, {saved.chunk_count} chunks{prior}"

@@ -9,21 +9,9 @@ import typer
 from rich.console import Console
 
 from apex_quant.cli import safe
-from apex_quant.cli.evaluate import (
-    Buffers,
-    Chunks,
-    CpuExperts,
-    EvaluationBar,
-    EveryToken,
-    GpuLayers,
-    Json,
-    NoMmap,
-    TensorSplit,
-    Text,
-    Threads,
-    interval,
-    session_options,
-)
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.evaluate import Chunks, EvaluationBar, EveryToken, Text, interval
+from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, NoMmap, TensorSplit, Threads, session_options
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +58,6 @@ def kv(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Divergence, memory and speed of KV-cache types on this model. Interrupted, the same command goes on."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.evaluation.kv import kv as run
     from apex_quant.evaluation.kv_types import MIXED, STOCK
 
@@ -94,9 +81,9 @@ def kv(
             progress=bar,
         )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show_kv(_console(False), found)
+        show_kv(console_for(False), found)
 
 
 def _words(given: list[str] | None) -> list[str]:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-import sys
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from apex_quant.cli import one_line, safe
+from apex_quant.cli import safe
 from apex_quant.cli.calibrate import parse_count
-from apex_quant.cli.evaluate import Buffers, CpuExperts, GpuLayers, Json, TensorSplit, Threads, session_options
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, TensorSplit, Threads, session_options
+from apex_quant.cli.progress import Bar
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
     from apex_quant.allocation.measure import MeasureProgress
     from apex_quant.allocation.sensitivity import Group, Sensitivities
 
-_LINE_SECONDS = 10.0
 _SHOWN = 12  # groups in the table: the most sensitive ones
 _UNITS = {"": 60.0, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|m|h|)", re.ASCII | re.IGNORECASE)
@@ -38,48 +35,29 @@ def parse_time(text: str) -> float:
     return seconds
 
 
-class MeasureBar:
-    """A context manager; call it with each MeasureProgress. A bar on a terminal, now and then a line elsewhere."""
+Groups = Annotated[
+    str, typer.Option("--groups", metavar="HOW", help="tensor, or some of role,part,layer: what is probed together")
+]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="TIME", help="30min, 90s, 2h: less text, then fewer probes")
+]
+Load = Annotated[
+    Path | None,
+    typer.Option("--load", metavar="FILE", help="disturb this file of the same model, such as its Q8_0 form, "
+                 "where MODEL does not fit into memory"),
+]  # fmt: skip
 
-    def __init__(self, name: str, *, quiet: bool = False) -> None:
-        self.name, self.quiet = name, quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._last_line = time.monotonic()
 
-    def __enter__(self) -> MeasureBar:
-        if sys.stderr.isatty() and not self.quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[told]}"),
-                console=Console(stderr=True, emoji=False),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(safe(self.name), total=1.0, told="loading")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+class MeasureBar(Bar):
+    """Call it with each MeasureProgress."""
 
     def __call__(self, event: MeasureProgress) -> None:
-        share = event.done / max(event.planned, 1)
         told = f"{event.what}: {event.done} of {event.planned}"
         if event.resumed:
             told += f" ({event.resumed} from an earlier run)"
         if event.left is not None:
             told += f", ETA {event.left:.0f} s"
-        now = time.monotonic()
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, told=told)
-        elif not self.quiet and now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
-            print(one_line(f"{self.name}: {told}"), file=sys.stderr, flush=True)
+        self.show(event.done / max(event.planned, 1), told)
 
 
 def measure(
@@ -90,28 +68,23 @@ def measure(
     ] = None,
     fill: Annotated[str, typer.Option("--fill", metavar="RULE", help="as apex quantize --fill")] = "prior",
     tokens: Annotated[str, typer.Option("--tokens", metavar="N", help="of text in each probe: 4096, 16k")] = "4096",
-    budget: Annotated[
-        str | None, typer.Option("--budget", metavar="TIME", help="30min, 90s, 2h: less text, then fewer probes")
-    ] = None,
-    groups: Annotated[
-        str, typer.Option("--groups", metavar="HOW", help="tensor, or some of role,part,layer: what is probed together")
-    ] = "tensor",
+    budget: Budget = None,
+    groups: Groups = "tensor",
     probe: Annotated[
         list[str] | None,
         typer.Option("--probe", metavar="TYPE,...", help="types that every group is probed in; 'noise': by random "
                      "matrices of the size of their error instead"),
     ] = None,
     joint: Annotated[int, typer.Option("--joint", min=0, help="random recipes of the whole model to measure too")] = 12,
-    load: Annotated[
-        Path | None,
-        typer.Option("--load", metavar="FILE", help="disturb this file of the same model, such as its Q8_0 form, "
-                     "where MODEL does not fit into memory"),
-    ] = None,
+    load: Load = None,
     text: Annotated[
         list[Path] | None, typer.Option("--text", metavar="FILE", help="instead of the built-in probe text; repeat")
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=16, help="tokens of a chunk")] = 512,
+    ctx: Annotated[int, typer.Option("--ctx", min=16, help="tokens of a chunk")] = 256,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the random recipes")] = 0,
+    no_rounding: Annotated[
+        bool, typer.Option("--no-rounding", help="do not run a Q8_0 file, which tells what rounding activations costs")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="fail unless there is an interrupted run to go on with")
     ] = False,
@@ -128,7 +101,6 @@ def measure(
     """How much each part of a model matters: what apex optimize decides by. Interrupted, the same command goes on."""
     from apex_quant.allocation.groups import PROBES
     from apex_quant.allocation.measure import measure as run
-    from apex_quant.cli.app import _console, _print_json
 
     words = [word.strip() for one in probe or () for word in one.split(",")]
     types = [word for word in words if word.lower() != "noise"]
@@ -149,15 +121,16 @@ def measure(
             text=text,
             budget=parse_time(budget) if budget is not None else None,
             seed=seed,
+            rounding=not no_rounding,
             options=options,
             resume=resume,
             force=force,
             progress=bar,
         )
     if as_json:
-        _print_json({"path": str(out), **made.to_json()})
+        print_json({"path": str(out), **made.to_json()})
     else:
-        show_sensitivities(_console(False), made, out)
+        show_sensitivities(console_for(False), made, out)
 
 
 def show_sensitivities(console: Console, made: Sensitivities, out: Path) -> None:

@@ -15,9 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.evaluate import EvaluationBar, interval
+from apex_quant.cli.measure import Budget, Load, MeasureBar, parse_time
+from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, TensorSplit, Threads, session_options
 from apex_quant.cli.progress import JobBar
 from apex_quant.errors import UsageError
+from apex_quant.sizes import parse_size
 
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import Frontier
@@ -41,10 +45,22 @@ Minimum = Annotated[
     typer.Option("--minimum", metavar="ROLE=TYPE", help="no tensor of the role gets fewer bits: attention=Q4_K"),
 ]
 Equal = Annotated[
-    str,
-    typer.Option("--equal", metavar="SIBLINGS,...", help="of one type in each layer: gate_up, qkv, ffn; '' for none"),
+    str | None,
+    typer.Option("--equal", metavar="SIBLINGS,...", help="of one type in each layer: gate_up, qkv, ffn; '' for none "
+                 "(default: gate_up, unless apart measures lower)"),
+]  # fmt: skip
+Fixed = Annotated[
+    list[str] | None,
+    typer.Option("--fix", metavar="ROLE|REGEX=TYPE", help="decide these tensors beforehand: output=Q6_K"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+SpeedAware = Annotated[
+    Path | None, typer.Option("--speed-aware", metavar="TABLE.toml", help="times of types: a second budget")
+]
+MaxSlowdown = Annotated[float, typer.Option("--max-slowdown", help="times the table's reference type throughout")]
+Fill = Annotated[str, typer.Option("--fill", metavar="RULE", help="as apex quantize --fill")]
+GroupsMeasured = Annotated[
+    str | None, typer.Option("--groups", metavar="HOW", help="where it is measured now: as apex measure --groups")
+]
 
 
 class OptimizeBar:
@@ -70,8 +86,8 @@ class OptimizeBar:
     def __call__(self, event: OptimizeProgress) -> None:
         if event.what not in self._bars:
             self._close()  # one bar at a time holds the terminal
-            bar: Any = JobBar(f"encoding for {self.name}") if event.what == "encoding" else EvaluationBar(self.name)
-            self._bars[event.what] = bar.__enter__()
+            kinds: dict[str, Any] = {"encoding": JobBar, "measuring": MeasureBar}
+            self._bars[event.what] = kinds.get(event.what, EvaluationBar)(f"{event.what} {self.name}").__enter__()
         if event.event is not None:
             self._bars[event.what](event.event)
 
@@ -90,20 +106,19 @@ def optimize(
     ] = None,
     types: Types = None,
     minimum: Minimum = None,
-    fixed: Annotated[
-        list[str] | None,
-        typer.Option("--fix", metavar="ROLE|REGEX=TYPE", help="decide these tensors beforehand: output=Q6_K"),
-    ] = None,
-    equal: Equal = "gate_up",
-    speed_aware: Annotated[
-        Path | None,
-        typer.Option("--speed-aware", metavar="TABLE.toml", help="times of types: a second budget"),
-    ] = None,
-    max_slowdown: Annotated[
-        float, typer.Option("--max-slowdown", help="times the table's reference type throughout")
-    ] = 1.0,
+    fixed: Fixed = None,
+    equal: Equal = None,
+    speed_aware: SpeedAware = None,
+    max_slowdown: MaxSlowdown = 1.0,
     sensitivity: Sensitivity = None,
+    groups: GroupsMeasured = None,
+    budget: Budget = None,
+    load: Load = None,
     imatrix: Imatrix = None,
+    fill: Fill = "prior",
+    split_max_size: Annotated[
+        str | None, typer.Option("--split-max-size", metavar="SIZE", help="shards of at most this, 48G")
+    ] = None,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="the recipe (a tensor-type file, or .json); certificate beside it")
     ] = Path("recipe.txt"),
@@ -115,21 +130,28 @@ def optimize(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", metavar="FILE", help="instead of the probe text; repeat"),
+        typer.Option("--text", metavar="FILE", help="to choose by, instead of the validation text; repeat"),
     ] = None,
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="at most so many chunks of each text")] = None,
     work: Annotated[
         Path | None, typer.Option("--work", metavar="DIR", help="keep encoded candidates and what was measured here")
     ] = None,
-    threads: Annotated[int | None, typer.Option("-j", "--threads", min=1, help="threads (default: all)")] = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    cpu_experts: CpuExperts = False,
+    tensor_split: TensorSplit = None,
+    tensor_buffers: Buffers = None,
     force: Annotated[bool, typer.Option("--force", help="replace existing files")] = False,
     as_json: Json = False,
 ) -> None:
     """Choose every tensor's type by measurement, for any size, and prove how good the choice is."""
     from apex_quant.allocation.constraints import minimums
     from apex_quant.allocation.optimize import optimize as run
-    from apex_quant.cli.app import _console, _print_json, parse_size
+    from apex_quant.recipe.planned import PlanOptions
 
+    session = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap=False)
+    split = parse_size(split_max_size) if split_max_size else None
+    measuring = measured_how(sensitivity, groups, budget, load)
     with OptimizeBar(model.name) as bar:
         made = run(
             model,
@@ -142,11 +164,13 @@ def optimize(
             types=types,
             minimum=minimums(minimum or []),
             fixed=minimums(fixed or []),
-            equal=siblings(equal),
+            equal=siblings(equal) if equal is not None else None,
             speeds=speed_aware,
             max_slowdown=max_slowdown,
             sensitivity=sensitivity,
+            measuring=measuring,
             imatrix=imatrix,
+            options=PlanOptions(fill=fill, split_max_size=split),
             out=out,
             quantize=quantize,
             validate=not no_validate,
@@ -156,13 +180,14 @@ def optimize(
             chunks=chunks,
             work=work,
             threads=threads,
+            session=session,
             force=force,
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_optimized(_console(False), made)
+        show_optimized(console_for(False), made)
 
 
 def frontier(
@@ -171,16 +196,31 @@ def frontier(
     imatrix: Imatrix = None,
     types: Types = None,
     minimum: Minimum = None,
-    equal: Equal = "gate_up",
+    fixed: Fixed = None,
+    equal: Equal = None,
+    speed_aware: SpeedAware = None,
+    max_slowdown: MaxSlowdown = 1.0,
+    groups: GroupsMeasured = None,
+    budget: Budget = None,
+    load: Load = None,
+    fill: Fill = "prior",
     points: Annotated[int, typer.Option("--points", min=2, help="sizes on the curve")] = 24,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="the plot: .png, .svg or .pdf")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="the plot: .png, .svg or .pdf (default: MODEL.frontier.svg)")
+    ] = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    cpu_experts: CpuExperts = False,
+    tensor_split: TensorSplit = None,
+    tensor_buffers: Buffers = None,
     as_json: Json = False,
 ) -> None:
     """The least predicted KLD of every size, and the published tiers beside the curve."""
-    from apex_quant.allocation.constraints import minimums
+    from apex_quant.allocation.constraints import EQUAL, minimums
     from apex_quant.allocation.frontier import frontier as run
-    from apex_quant.cli.app import _console, _print_json
+    from apex_quant.recipe.planned import PlanOptions
 
+    session = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap=False)
     with OptimizeBar(f"frontier of {model.stem}") as bar:
         made = run(
             model,
@@ -188,15 +228,21 @@ def frontier(
             imatrix=imatrix,
             types=types,
             minimum=minimums(minimum or []),
-            equal=siblings(equal),
+            fixed=minimums(fixed or []),
+            equal=siblings(equal) if equal is not None else EQUAL,
+            speeds=speed_aware,
+            max_slowdown=max_slowdown,
+            measuring=measured_how(sensitivity, groups, budget, load),
+            options=PlanOptions(fill=fill),
+            session=session,
             points=points,
-            out=out,
+            out=out or Path(f"{model.stem}.frontier.svg"),
             progress=bar,
         )
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_frontier(_console(False), made)
+        show_frontier(console_for(False), made)
 
 
 def quantize_measured(
@@ -204,6 +250,7 @@ def quantize_measured(
     tiers: list[str] | None,
     imatrix: Path | None,
     sensitivity: Path | None,
+    work: Path | None,
     out: Path | None,
     options: PlanOptions,
     threads: int | None,
@@ -213,7 +260,6 @@ def quantize_measured(
 ) -> None:
     """`apex quantize --tier T --measured`: the measured twin of each tier, in the form of quantize's outputs."""
     from apex_quant.allocation.optimize import measured_twin
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.encode.quantize import expand_tiers
 
     _refuse_choices(options, dry_run)
@@ -233,12 +279,13 @@ def quantize_measured(
                 out=out,
                 options=options,
                 sensitivity=sensitivity,
+                work=work,
                 threads=threads,
                 force=force,
                 progress=bar,
             )
         if not as_json:
-            show_optimized(_console(False), made)
+            show_optimized(console_for(False), made)
         outputs.append(
             {
                 "tier": f"{name}-measured",
@@ -251,7 +298,7 @@ def quantize_measured(
             }
         )
     if as_json:
-        _print_json({"outputs": outputs})
+        print_json({"outputs": outputs})
 
 
 def _sha256(path: Path) -> str:
@@ -271,6 +318,15 @@ def _refuse_choices(options: PlanOptions, dry_run: bool) -> None:
             f"--measured does not go with --{changed[0].replace('_', '-')}",
             hint="apex optimize -o recipe.txt, then apex quantize --recipe recipe.txt with what else is wanted",
         )
+
+
+def measured_how(sensitivity: Path | None, groups: str | None, budget: str | None, load: Path | None) -> dict[str, Any]:
+    """The arguments of measure() for sensitivities that are measured now. Raises UsageError where they are given."""
+    asked = {"groups": groups, "budget": parse_time(budget) if budget is not None else None, "loaded": load}
+    given = [f"--{'load' if name == 'loaded' else name}" for name, value in asked.items() if value is not None]
+    if sensitivity is not None and given:
+        raise UsageError(f"{given[0]} says how to measure, and --sensitivity was measured before")
+    return asked
 
 
 def parse_context(text: str) -> int:
@@ -298,8 +354,10 @@ def show_optimized(console: Console, made: Optimized) -> None:
     line = f"mean KLD: predicted {made.predicted_kld:.4g}"
     if measured:
         line += f", measured {interval(measured)} on {measured['n']} tokens"
+    if made.corrected_kld is not None:
+        line += f"; predictions of all candidates corrected by what they measured: {made.corrected_kld:.4g}"
     console.print(line)
-    proof = "proved optimal" if made.proved and made.gap <= 1e-6 else f"at most {made.gap:.2g} above the optimum"
+    proof = "proved optimal" if made.proved else f"at most {made.gap:.2%} above the optimum"
     console.print(f"of the predicted cost: {proof}; one more MB saves {made.shadow_price:.3g} nats")
     if len(made.candidates) > 1:
         table = Table("candidate", "bytes", "predicted", "measured", box=None)

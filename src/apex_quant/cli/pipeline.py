@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 from apex_quant.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from apex_quant.pipeline.results import FileResult, RunResult
     from apex_quant.pipeline.status import Status
 
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 # option of the command line -> key of the configuration (docs/config.md)
 _KEYS: Final[dict[str, str]] = {
@@ -112,22 +113,21 @@ def run(
     as_json: Json = False,
 ) -> None:
     """From a checkpoint to verified, measured, published files. Interrupted or changed, it redoes only what it must."""
-    from apex_quant.cli.app import _console, _print_json
 
     if init:
         from apex_quant.cli.run_init import write_config
 
         written = write_config(source=source, force=force)
         if as_json:
-            _print_json({"path": str(written)})
+            print_json({"path": str(written)})
         else:
-            _console(False).print(f"{safe(str(written))}: edit it, then apex run {safe(str(written))}")
+            console_for(False).print(f"{safe(str(written))}: edit it, then apex run {safe(str(written))}")
         return
     if source is None:
         raise UsageError(
             "what is to be quantized?", hint="apex run MODEL; or apex run --init, which writes a YAML file to edit"
         )
-    given = {key: value for key, value in locals().items() if key in _KEYS and value not in (None, False)}
+    given = {key: value for key, value in locals().items() if key in _KEYS and value is not None and value is not False}
     options: dict[str, Any] = {_KEYS[key]: value for key, value in given.items()}
     if tiers:
         options["tiers"] = ",".join(tiers)
@@ -135,13 +135,13 @@ def run(
     from apex_quant.pipeline.engine import configured
     from apex_quant.pipeline.engine import run as pipeline
 
-    notes = _console(True)
+    notes = console_for(True)
     config = configured(source, options, lambda note: notes.print(f"config: {safe(note)}"))
-    console = _console(as_json)
+    console = console_for(as_json)
     with RunProgress() as progress:
         made = pipeline(config, yes=yes, dry_run=dry_run, force=force, progress=progress)
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     elif dry_run:
         show_looks(console, made, keep=config.keep)
     else:
@@ -158,14 +158,13 @@ def status(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a run")], as_json: Json = False
 ) -> None:
     """What a run's folder holds, what is in hand, and what the same run would do now and why."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.pipeline.status import status as read
 
     found = read(directory)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        show_status(_console(False), found)
+        show_status(console_for(False), found)
 
 
 def _setting(word: str) -> tuple[str, Any]:
@@ -323,7 +322,7 @@ def show_files(console: Console, files: tuple[FileResult, ...]) -> None:
     rows = table(None, "tier", ">size", ">bpw", ">mean KLD", "state", "file")
     for one in files:
         state = "quarantined" if one.quarantined else "verified" if one.verified else "not verified"
-        kld = interval(one.kld) if one.kld else ""
+        kld = interval(one.kld) if one.kld else "not measured"
         rows.add_row(safe(one.tier), human(one.bytes), f"{one.bpw:.2f}", kld, state, safe(one.path.name))
     if files:
         console.print(rows)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from apex_quant.cli import one_line, safe
+from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
+from apex_quant.cli.progress import Bar
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from apex_quant.hub import HubProgress
     from apex_quant.publish import Published
 
-_LINE_SECONDS = 10.0
 _WORDS = {
     "hash": "hashing",
     "verify": "verifying",
@@ -28,70 +25,20 @@ _WORDS = {
     "commit": "committing",
 }
 
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
-
-class HubBar:
-    """A context manager; call it with each HubProgress. A bar on a terminal, now and then a line elsewhere.
-
-    Notes (a failure, and how long until the next try) are always said, unless `quiet`.
-    """
+class HubBar(Bar):
+    """Call it with each HubProgress. Notes (a failure, and how long until the next try) are always said, unless
+    `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> HubBar:
-        if sys.stderr.isatty() and not self.quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[file]}[/]"),
-                console=Console(stderr=True, emoji=False),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0, file="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Give the terminal back; calls from now on print lines."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        super().__init__("", quiet=quiet)
 
     def __call__(self, event: HubProgress) -> None:
-        now = time.monotonic()
-        if self.quiet:
-            return
         if event.note:
-            self._line(event.note)
-        elif self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task,
-                description=_WORDS[event.phase],
-                completed=event.done / max(event.total, 1),
-                file=safe(event.file),
-            )
-        elif now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
-            share = f" ({event.done / event.total:.0%} of {event.total / 1e9:.2f} GB)" if event.total else ""
-            self._line(f"{_WORDS[event.phase]} {event.file}{share}")
-
-    def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(safe(text))
-        else:
-            print(one_line(text), file=sys.stderr, flush=True)
+            self.line(event.note)
+            return
+        size = f", {event.total / 1e9:.2f} GB" if event.total else ""
+        self.show(event.done / max(event.total, 1), event.file + size, what=_WORDS[event.phase])
 
 
 def publish(
@@ -105,10 +52,9 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Upload verified files, with imatrix, recipes, results, report and card. Interrupted, the same command goes on."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.publish import publish as run
 
-    console = _console(as_json)
+    console = console_for(as_json)
     with HubBar(quiet=as_json) as bar:
 
         def plan(found: Published) -> None:
@@ -125,7 +71,7 @@ def publish(
             plan=plan,
         )
     if as_json:
-        _print_json(done.to_json())
+        print_json(done.to_json())
     elif dry_run:
         console.print("nothing was uploaded")
     else:

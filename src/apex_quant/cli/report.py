@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from apex_quant.cli import one_line, safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_quant.report.choose import Choice
 
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 Reference = Annotated[
     str | None, typer.Option("--reference", metavar="NAME", help="which file the others are measured against")
 ]
@@ -40,7 +41,6 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Plots, a page that opens offline, Markdown and CSV from results files; claims only where intervals earn them."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.report.report import report as run
 
     words = [word.strip() for word in formats.split(",") if word.strip()]
@@ -51,9 +51,9 @@ def report(
 
     made = run(list(places), out, reference=reference, family=family or (), formats=words, progress=tell)
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
         return
-    console = _console(False)
+    console = console_for(False)
     for line in made.sentences:
         console.print(safe(line))
     if not made.sentences:
@@ -87,7 +87,6 @@ def card(
     as_json: Json = False,
 ) -> None:
     """A model card for the hub: front matter, files with intervals, calibration, hashes, and only earned claims."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.report.card import card as run
     from apex_quant.report.choose import parse_ctx
 
@@ -103,9 +102,9 @@ def card(
         ctx=parse_ctx(ctx),
     )
     if as_json:
-        _print_json({"path": str(path), "bytes": path.stat().st_size})
+        print_json({"path": str(path), "bytes": path.stat().st_size})
     else:
-        _console(False).print(f"written: {safe(str(path))}")
+        console_for(False).print(f"written: {safe(str(path))}")
 
 
 def which(
@@ -122,7 +121,6 @@ def which(
     as_json: Json = False,
 ) -> None:
     """Which file should I take? The best measured one that fits with its context, and why."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.report.choose import choose, parse_ctx
     from apex_quant.sizes import parse_size
 
@@ -135,9 +133,9 @@ def which(
         ram=None if ram is None else parse_size(ram),
     )
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _show_choice(_console(False), found)
+        _show_choice(console_for(False), found)
 
 
 def _show_choice(console: Console, found: Choice) -> None:

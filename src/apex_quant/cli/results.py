@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apex_quant.cli import safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Force, Json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_quant.evaluation.compare import Pair
     from apex_quant.evaluation.schema import Results
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
-Force = Annotated[bool, typer.Option("--force", help="replace an existing file once the new one is complete")]
 
 
 def compare(
@@ -33,15 +32,14 @@ def compare(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Paired differences on the same tokens and tasks, with intervals and sentences that may be quoted."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.evaluation.compare import compare as run
 
     names = [name.strip() for word in metric for name in word.split(",")] if metric else None
     pairs = run(files, names, all_pairs=all_pairs, level=level, draws=draws, seed=seed)
     if as_json:
-        _print_json({"pairs": [pair.to_json() for pair in pairs]})
+        print_json({"pairs": [pair.to_json() for pair in pairs]})
     else:
-        _show_pairs(_console(False), pairs)
+        _show_pairs(console_for(False), pairs)
 
 
 def results(
@@ -59,7 +57,6 @@ def results(
     as_json: Json = False,
 ) -> None:
     """List what was measured, merge results of one model into one file, or import others' results."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.show import show_warnings
     from apex_quant.evaluation.results import find, merge_files, summary
     from apex_quant.report.imports import import_results
@@ -70,7 +67,7 @@ def results(
     rows = [summary(one) for one in found]
     merged = merge_files([one.path for one in found if one.path], merge, force=force) if merge is not None else None
     if as_json:
-        _print_json(
+        print_json(
             {
                 "results": rows,
                 "passed_over": [str(path) for path in passed_over],
@@ -78,7 +75,7 @@ def results(
             }
         )
         return
-    console = _console(False)
+    console = console_for(False)
     _show_results(console, found)
     if passed_over:
         console.print(f"[dim]not results: {safe(', '.join(path.name for path in passed_over))}[/]")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apex_quant.cli import INTERRUPTED, one_line, safe
+from apex_quant.cli.console import console_for, print_json
+from apex_quant.cli.options import Json
 from apex_quant.errors import ApexError
 
 if TYPE_CHECKING:
     from apex_quant.serving.serve import ServePlan
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
 
 
 class StoppedEarly(ApexError):
@@ -52,7 +52,6 @@ def serve(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Serve a model with what fits this machine, chosen and explained; Ctrl-C ends it."""
-    from apex_quant.cli.app import _console, _print_json
     from apex_quant.cli.fit import _size
     from apex_quant.serving.serve import serve as run
     from apex_quant.sizes import parse_size
@@ -62,7 +61,7 @@ def serve(
             print(one_line(line), file=sys.stderr, flush=True)
 
     def show(plan: ServePlan) -> None:
-        console = _console(as_json)
+        console = console_for(as_json)
         for line in plan.reasons:
             console.print(f"  {safe(line)}")
         for line in plan.warnings:
@@ -81,12 +80,12 @@ def serve(
         ) as service:  # fmt: skip
             started, plan = True, service.plan
             if as_json:
-                _print_json({"url": service.url, "model": plan.alias, "key": api_key_file is not None,
+                print_json({"url": service.url, "model": plan.alias, "key": api_key_file is not None,
                              "plan": plan.to_json()})  # fmt: skip
                 sys.stdout.flush()
             else:
                 key = "" if api_key_file is None else ", with a key"
-                _console(False).print(f"[bold]{safe(service.url)}[/]  model {safe(plan.alias)}{key}; Ctrl-C ends it")
+                console_for(False).print(f"[bold]{safe(service.url)}[/]  model {safe(plan.alias)}{key}; Ctrl-C ends it")
             service.wait()
     except KeyboardInterrupt:
         if not started:

@@ -70,6 +70,7 @@ class HarnessPlan:
     limit: int | None = None
     allow_code: bool = False
     chat: bool | None = None
+    ctx: int | None = None
     parallel: int = 1
 
 
@@ -159,7 +160,7 @@ def find_lm_eval(given: str | Path | None = None) -> tuple[str, ...]:
     if given is not None:
         raise ResourceError(f"{given}: no such program")
     if importlib.util.find_spec("lm_eval") is not None:
-        return (sys.executable, "-m", "lm_eval")
+        return (sys.executable, "-P", "-m", "lm_eval")
     raise ResourceError(
         "the lm-evaluation-harness is not installed", hint="pip install 'apex-quant[harness]' gives lm_eval"
     )

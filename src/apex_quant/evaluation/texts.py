@@ -12,8 +12,11 @@ from apex_quant.errors import InputError
 from apex_quant.evaluation.taskhub import hub_file
 from apex_quant.gguf import GGUFModel
 from apex_quant.text import ChatTemplate, Document, heldout, render
+from apex_quant.text.corpus import validation
 
 BUILTIN = "heldout"
+VALIDATION = "builtin:validation"
+"""The name of the built-in text that measured allocations are chosen by, wherever files of text are named."""
 MAX_BYTES = 1 << 30
 KNOWN: Final = {"wikitext-2-raw": "hub:ggml-org/ci/wikitext-2-raw-v1.zip#wikitext-2-raw/wiki.test.raw"}
 """Texts that have a name: the one that published perplexities are of, from where llama.cpp's own script takes it."""
@@ -29,15 +32,17 @@ class Texts:
 
 def read_texts(model: GGUFModel, files: Sequence[str | Path] | None) -> Texts:
     """Files, each a text of its own whose name it has, or without any the held-out text, one text for each domain.
+    VALIDATION alone is that text, likewise.
 
     A file is a path, one of KNOWN or hub:USER/DATA/FILE, of an archive hub:USER/DATA/FILE.zip#MEMBER. It is read as
     llama-perplexity -f does: whole, as UTF-8, without one newline at its end. Raises InputError; ResourceError for what
     cannot be had from the hub.
     """
-    if files:
+    chosen = [str(one) for one in files or ()] == [VALIDATION]
+    if files and not chosen:
         return Texts(tuple({"name": name, "pieces": [[_file(path), False]]} for name, path in _named(files)))
     by_domain: dict[str, list[Document]] = {}
-    for document in heldout():
+    for document in validation() if chosen else heldout():
         by_domain.setdefault(domain_of(document), []).append(document)
     template = ChatTemplate.of(model)
     try:

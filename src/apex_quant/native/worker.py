@@ -1,6 +1,7 @@
 """One child process around native code: an abort in the library ends the child, never the caller.
 
-The child is `python -m apex_quant.native` (__main__.py). Its standard input is a socket, on which it gets descriptors
+The child is `python -P -m apex_quant.native` (__main__.py; -P: a numpy.py where the user works is none of its
+business). Its standard input is a socket, on which it gets descriptors
 and one JSON line (what to run); it answers with JSON lines on a pipe. Its own standard output and error carry only
 what the library prints, of which the last lines are kept for the error message. The socket staying open means that
 the parent lives: on end of file, SIGTERM or a parent's Ctrl-C the job is asked to stop at the next safe point.
@@ -45,7 +46,8 @@ class Child:
 
     def __init__(self, module: str, *, single_blas: bool = False) -> None:
         package_root = str(Path(__file__).resolve().parents[2])
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")]))
+        inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # an empty entry is the current folder
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join([package_root, *filter(None, inherited)]))
         # an abort's last line is then the failed assertion and not a debugger's; looking for one takes seconds
         env.setdefault("GGML_NO_BACKTRACE", "1")
         if single_blas:
@@ -56,7 +58,7 @@ class Child:
         self._requests, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "apex_quant.native", str(events_write), module],
+                [sys.executable, "-P", "-m", "apex_quant.native", str(events_write), module],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -141,6 +143,7 @@ class Child:
             f"the process that was {step} ended with {how}; the library's last line: {last}",
             log_tail="\n".join(self._log),
             hint=hint,
+            signal=-status if status < 0 else None,
         )
 
 

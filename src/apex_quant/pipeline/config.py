@@ -22,7 +22,6 @@ from apex_quant.pipeline.keys import (
     CODE_TASKS,
     DEFAULT_TIERS,
     HARNESS_TASKS,
-    MAX_SHARD,
     METRICS,
     PHASES,
     Phase,
@@ -34,7 +33,7 @@ from apex_quant.pipeline.values import SOURCE_ID
 from apex_quant.pipeline.yaml_text import Key, Located, read_yaml
 
 __all__ = [
-    "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "MAX_SHARD", "METRICS", "PHASES", "Phase", "RunConfig", "Section",
+    "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "METRICS", "PHASES", "Phase", "RunConfig", "Section",
     "load_config", "make_config", "sections",
 ]  # fmt: skip
 
@@ -87,7 +86,7 @@ def load_config(
     path = Path(path)
     found = read_yaml(path)
     values, lines, where = found.values, found.lines, str(path)
-    if is_published(values, where):
+    if is_published(values, where, RunConfig.model_fields):
         values, notes = migrate(values, where)
         lines = _lines_of_published(values, found)
         for note in notes if say else ():

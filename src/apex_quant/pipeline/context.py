@@ -2,13 +2,12 @@
 
 WORK/source/      the full-precision GGUF, made by `convert`; deleted when no phase needs it (unless kept)
 WORK/reference/   what it predicts: NAME.apexref, and greedy.json of the smoke check
-WORK/baselines/   results of other people's files
 WORK/release/     what is published: quantized files, NAME.imatrix.gguf, recipes/, results/, report/, README.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +18,10 @@ from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.phases import PENDING
 from apex_quant.pipeline.state import Record, State, digest_of
 
-FOLDERS: Final = ("source", "reference", "baselines", "release", "release/recipes", "release/results")
+FOLDERS: Final = ("source", "reference", "release", "release/recipes", "release/results")
+_COMMITS: Final = "commits"
+"""Of the state: the commit at which each repository was taken, by REPO@REVISION."""
+_WORTH_SAYING: Final = 2 << 30  # bytes to hash
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Artifact:
 
 @dataclass
 class Context:
-    """One run. `pending`: (phase, item) that will have run before what is looked at now runs. `cluster`: machines that
-    share the work, None where this one does it alone."""
+    """One run. `pending`: (phase, item) that will have run before what is looked at now runs. `forced`: phases that
+    begin anew. `cluster`: machines that share the work, None where this one does it alone."""
 
     config: RunConfig
     work: Path
@@ -58,6 +60,7 @@ class Context:
     yes: bool = False
     pending: set[tuple[str, str]] = field(default_factory=set)
     cluster: Workers | None = None
+    forced: Collection[str] = ()
 
     @property
     def release(self) -> Path:
@@ -81,6 +84,20 @@ class Context:
 
     def note(self, phase: str, text: str) -> None:
         self.tell(PhaseEvent("note", phase, text))
+
+    def pinned(self, repo: str, revision: str | None) -> str | None:
+        """The commit at which this run took a repository before; `revision` where there is none, or to look again."""
+        known: dict[str, str] = self.state.about.get(_COMMITS, {})
+        return revision if "source" in self.forced else known.get(f"{repo}@{revision or ''}", revision)
+
+    def pin(self, repo: str, revision: str | None, commit: str) -> None:
+        """Remember it: what a later run downloads, when the cache was emptied, is the same."""
+        self.state.about.setdefault(_COMMITS, {})[f"{repo}@{revision or ''}"] = commit
+
+    def announce_hashing(self, phase: str, paths: Sequence[Path]) -> None:
+        """A line before minutes of silence."""
+        if (size := self.state.unread(paths)) >= _WORTH_SAYING:
+            self.note(phase, f"reading {size / 1e9:.0f} GB once, for their sha256")
 
     def record(self, phase: str, item: str = "") -> Record | None:
         return self.state.record(phase, item)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 from apex_quant.errors import ResourceError, UsageError
 from apex_quant.pipeline.phases import Need
+from apex_quant.pipeline.state import located
 
 _SPARE: Final = 16 << 20  # bytes left over on every file system
 
@@ -67,7 +67,7 @@ def symlink(source: Path, target: Path) -> Path:
 def clear(work: Path, path: Path) -> None:
     """Delete what a run made at `path`, with everything that begins with this name and a dot: journals, states,
     notes. Only below WORK; UsageError for anything else."""
-    path = Path(os.path.normpath(path.absolute()))
+    path, work = located(path), work.resolve()
     if not path.is_relative_to(work) or path == work:
         raise UsageError(f"{path} does not lie in {work}: nothing is deleted there")
     if path.is_dir() and not path.is_symlink():

@@ -20,11 +20,12 @@ from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import RunConfig, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
 from apex_quant.pipeline.estimate import estimate
-from apex_quant.pipeline.look import RESUMED, Look, look, look_at
+from apex_quant.pipeline.look import RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
 from apex_quant.pipeline.source_facts import SourceFacts, source_facts
-from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, now
+from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
+from apex_quant.pipeline.steps_source import check_source, convert_problem
 from apex_quant.pipeline.table import PHASES
 
 
@@ -50,22 +51,28 @@ def run(
     """
     tell = progress or (lambda event: None)
     config = configured(source, options, lambda note: tell(PhaseEvent("note", "config", note)))
-    work = config.work_folder.absolute()
+    work = config.work_folder.resolve()
     selected = config.phases.selected()
+    forced = selected if force else ()
     if dry_run:
-        context = Context(config, work, State(work).load(), tell, yes=yes)
-        looks = look(context, PHASES, selected, force=selected if force else ())
+        context = Context(config, work, State(work).load(), tell, yes=yes, forced=forced)
+        looks = look(context, PHASES, selected, force=forced)
+        if any(one.phase.name == "convert" and one.due for one in looks):
+            convert_problem(context)
         due = {one.phase.name: [item.name for item, _ in one.due] for one in looks if one.due}
         estimates = estimate(config, recorded=_took(context), due=due) if due else []
         runs = [PhaseRun.of(one) for one in looks]
         return replace(summarize(context, runs, 0.0, dry_run=True), estimates=tuple(estimates))
+    if "source" in selected:
+        check_source(config)  # before there is a folder
     started = time.monotonic()
     with exclusive(work), _machines(config, tell) as machines:
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
-        context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines)
+        context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines, forced=forced)
+        look(context, PHASES, selected, force=forced)  # what is refused is refused now
         context.state.about |= {"source": config.source, "name": config.model_name, "config": config.to_json()}
-        runs = _Engine(context, selected, set(selected) if force else set()).run()
+        runs = _Engine(context, selected).run()
         context.state.prune()
         context.state.save()
         return summarize(context, runs, time.monotonic() - started, dry_run=False)
@@ -108,9 +115,9 @@ def _took(context: Context) -> dict[str, dict[str, float]]:
 class _Engine:
     """One run of the table."""
 
-    def __init__(self, context: Context, selected: Collection[str], force: set[str]) -> None:
+    def __init__(self, context: Context, selected: Collection[str]) -> None:
         assert tuple(phase.name for phase in PHASES) == NAMES
-        self.context, self.selected, self.force = context, selected, force
+        self.context, self.selected, self.force = context, selected, context.forced
         try:
             self.facts: SourceFacts | None = source_facts(context.config, online=False)
         except ApexError:  # the phase that meets it says so
@@ -132,11 +139,10 @@ class _Engine:
         if not one.due:
             context.tell(PhaseEvent("skip", phase.name, one.reason))
             return PhaseRun.of(one)
-        converted = context.record("convert")
-        if converted is not None and converted.released and not context.is_gguf and phase.weights(context):
+        if (before := lacking(context, phase)) is not None:
             raise UsageError(
-                f"{phase.name} reads the converted file, which was deleted to save space",
-                hint="let phase convert run as well (it makes the file again), or give --keep the first time",
+                f"{phase.name} reads the files of phase {before}, which were deleted",
+                hint=f"let phase {before} run as well: it brings them back (--keep keeps a converted file)",
             )
         context.tell(PhaseEvent("run", phase.name, one.reason, eta=self._eta(one)))
         items = [item for item, _ in one.due]
@@ -184,11 +190,11 @@ class _Engine:
         if again:
             old, record = started.pop(item.name, None), state.record(phase.name, item.name)
             names = [*(record.claims if record else []), *(old.claims if old else []), *claims]
-            given = {Path(path).absolute() for path in item.about.get("shards", ())}
+            given = {located(path) for path in item.about.get("shards", ())}
             for name in dict.fromkeys(names):
                 if phase.name != "source":
                     self._refuse_source(state.work / name)
-                elif (state.work / name).absolute() in given:
+                elif located(state.work / name) in given:
                     continue  # the user's own file, or a link of ours that has become it
                 disk.clear(state.work, state.work / name)
                 state.forget(state.work / name)

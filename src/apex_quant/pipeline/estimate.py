@@ -69,7 +69,7 @@ def estimate(
     """Estimates of the phases that the configuration selects, in order.
 
     `facts` as source_facts gives them (by default it is asked, `online` or not). `recorded`: seconds by phase and item
-    of earlier runs (recorded_seconds). `due`: items by phase that will run, where a look at the state has told; other
+    of earlier runs. `due`: items by phase that will run, where a look at the state has told; other
     phases are left out. `cpus`: processors, by default those this process may use. Raises what source_facts raises.
     """
     facts = facts or source_facts(config, online=online)
@@ -134,18 +134,6 @@ def peak_disk(estimates: Sequence[PhaseEstimate], *, keep: bool) -> tuple[int, i
 
 _READERS: Final = ("reference", "calibrate", "recipes", "quantize", "verify", "evaluate", "baselines")
 """Phases that read the full-precision GGUF (the last two its output matrix, for a .apexref)."""
-
-
-def recorded_seconds(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Seconds by phase and item in a WORK/state.json; what is not of its form counts as not there."""
-    found: dict[str, dict[str, float]] = {}
-    phases = state.get("phases")
-    for phase, items in phases.items() if isinstance(phases, Mapping) else ():
-        for name, record in items.items() if isinstance(items, Mapping) else ():
-            seconds = record.get("seconds") if isinstance(record, Mapping) else None
-            if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < 1e9:
-                found.setdefault(str(phase), {})[str(name)] = float(seconds)
-    return found
 
 
 def _corrected(

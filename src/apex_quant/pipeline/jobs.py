@@ -21,7 +21,8 @@ EVALUATE: Final = "apex_quant.pipeline.jobs:evaluate_file"
 
 def verify_file(payload: Json, threads: int | None, emit: Notify) -> Json:
     """{"problems", "facts"} of a file: structure, hashes, values, tensors encoded again from `source`, and its text
-    beside `expected` (empty: none is generated). Raises what verify() raises for the source."""
+    beside `expected` (empty: none is generated). Raises what verify() raises for the source, and NativeError when a
+    signal ended the process that ran it."""
     problems, facts = _checked(payload, _most(payload["options"]["threads"], threads), emit)
     if payload["generate"] and not problems:
         wrong, written = _written(payload, threads)
@@ -53,6 +54,8 @@ def _written(payload: Json, threads: int | None) -> tuple[list[str], Sequence[di
     try:
         written = generate(Path(payload["path"]), payload["prompts"], payload["generate"], options)
     except (InputError, NativeError) as error:  # it is this file that llama.cpp cannot run: the source it could
+        if isinstance(error, NativeError) and error.signal is not None:
+            raise  # memory ran out, somebody killed it, the library aborted on this machine: not known to be the file
         return [f"llama.cpp cannot run it: {error.message}"], []
     return judge(written, payload["expected"]), written
 
@@ -69,7 +72,7 @@ def evaluate_file(payload: Json, threads: int | None, emit: Notify) -> Json:
         payload["model"],
         **given,
         speed=SpeedPlan() if payload["speed"] else None,
-        harness=HarnessPlan(**harness) if harness else None,
+        harness=HarnessPlan(**{**harness, "tasks": tuple(harness["tasks"])}) if harness else None,
         options=_options(payload, threads),
         progress=emit,
     )

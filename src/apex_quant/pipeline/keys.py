@@ -17,10 +17,10 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from apex_quant.evaluation.schema import TASKS
+from apex_quant.hub import HUB_ID
 from apex_quant.importance.fill import RULES
 from apex_quant.pipeline.migration import PHASES_THERE
 from apex_quant.pipeline.values import (
-    HUB_ID,
     NAME,
     SOURCE_ID,
     as_baseline,
@@ -35,6 +35,7 @@ from apex_quant.pipeline.values import (
     sequence,
     wrapped,
 )
+from apex_quant.publishable import MOST_BYTES
 from apex_quant.recipe.tiers import published_tiers
 from apex_quant.runtime.options import SessionOptions
 
@@ -51,9 +52,6 @@ CODE_TASKS: Final = ("humaneval", "mbpp")
 """Those that run programs which the model wrote."""
 METRICS: Final = ("ppl", "kld", "router", *TASKS, "speed")
 FORMATS: Final = ("html", "png", "svg", "md", "csv")
-MAX_SHARD: Final = 48_000_000_000
-"""Bytes of one file on the hub, as in publish.py."""
-
 
 Size = Annotated[int, checked(as_size), Field(gt=0)]
 Count = Annotated[int, checked(as_count), Field(ge=1)]
@@ -232,8 +230,8 @@ class Publish(Section):
     repo: Repo | None = key(None, "ORG/NAME")
     private: bool = key(False, "only for its owners")
     replace: bool = key(False, "overwrite files that differ")
-    shards: Annotated[int, checked(as_size), Field(ge=1_000_000, le=MAX_SHARD)] = key(
-        MAX_SHARD, "larger files are split into shards of this size"
+    shards: Annotated[int, checked(as_size), Field(ge=1_000_000, le=MOST_BYTES)] = key(
+        MOST_BYTES, "larger files are split into shards of this size"
     )
     dry_run: bool = key(False, "compare and say what would be uploaded")
 
@@ -299,7 +297,8 @@ class RunConfig(Section):
     @property
     def model_name(self) -> str:
         """`name`, or what the source is called."""
-        last = Path(self.source.rstrip("/")).name
+        path = Path(self.source)
+        last = path.name if path.name not in ("", "..") else path.resolve().name
         return self.name or re.sub(r"(-00001-of-\d{5})?\.gguf$", "", last, flags=re.IGNORECASE) or "model"
 
     @property

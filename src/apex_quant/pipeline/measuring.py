@@ -57,8 +57,7 @@ def request(context: Context, target: Target) -> Json:
         files = {kind: str(Path(file).absolute()) if Path(file).is_file() else file for kind, file in files.items()}
     harness = None
     if given.suite in HARNESS:
-        names = ("tasks", "limit", "allow_code", "chat", "parallel")
-        harness = {name: getattr(given.harness, name) for name in names}
+        harness = given.harness.model_dump(mode="json")
     return {
         "model": str(target.paths[0]),
         "reference": str(against.path) if against is not None else None,

@@ -8,7 +8,7 @@ it takes its own and says what each key became; docs/migration.md shows the tabl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -207,12 +207,11 @@ def published_keys(key: str) -> list[str]:
     return [row.key for row in ROWS if key in row.becomes]
 
 
-def is_published(values: Mapping[str, Any], where: str) -> bool:
-    """Whether these are keys of a published per-model file. InputError when they are of both forms."""
-    from apex_quant.pipeline.keys import RunConfig
-
+def is_published(values: Mapping[str, Any], where: str, own: Collection[str]) -> bool:
+    """Whether these are keys of a published per-model file. InputError when they are of both forms; `own`: keys of
+    `apex run`."""
     theirs = [key for key in values if key in BY_KEY and key not in _SHARED]
-    ours = [key for key in values if key in RunConfig.model_fields and key not in _SHARED]
+    ours = [key for key in values if key in own and key not in _SHARED]
     if theirs and ours:
         raise InputError(
             f"{where}: {theirs[0]} is a key of the published per-model files and {ours[0]} one of apex run's: "

@@ -57,10 +57,10 @@ class Need:
 class Phase:
     """A row of the table.
 
-    `needs`: the phases whose results key it. `items` gives its pieces; it may be called when nothing has been made
-    yet, and then inputs are PENDING. `work` does those that are due and yields each when it is finished. `claims`:
-    the files an item is going to write, cleared away when they are of another key. `unused` says why the phase is
-    no part of this run, None when it is. `weights`: it reads the full-precision GGUF.
+    `needs`: the phases whose files it reads and which key it. `items` gives its pieces; it may be called when nothing
+    has been made yet, and then inputs are PENDING. `work` does those that are due and yields each when it is finished.
+    `claims`: the files an item is going to write, cleared away when they are of another key. `unused` says why the
+    phase is no part of this run, None when it is. `weights`: it reads the full-precision GGUF.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""The note beside a file that failed a check: `apex publish` refuses a model that has one (publishable.py)."""
+"""The notes beside a file that failed a check, one of each phase: `apex publish` refuses a model that has any
+(publishable.py)."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from typing import Any
 from apex_quant.publishable import QUARANTINE
 
 
-def note_of(model: Path) -> Path:
-    """NAME.gguf.quarantine.json; of shards beside the first."""
-    return model.with_name(model.name + QUARANTINE)
+def note_of(model: Path, phase: str) -> Path:
+    """NAME.gguf.PHASE.quarantine.json; of shards beside the first."""
+    return model.with_name(f"{model.name}.{phase}{QUARANTINE}")
 
 
 def quarantine(model: Path, phase: str, problems: Sequence[str], facts: Any = None) -> Path:
     """Write the note, whole or not at all."""
-    note = note_of(model)
+    note = note_of(model, phase)
     partial = note.with_name(f".{note.name}.partial")
     document = {"file": model.name, "phase": phase, "reason": "; ".join(problems), "problems": list(problems)}
     partial.write_text(json.dumps({**document, "facts": facts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.estimate import PhaseEstimate
 from apex_quant.pipeline.look import Look
+from apex_quant.pipeline.proof import proof, quarantined
 from apex_quant.pipeline.wanted import wanted
 
 
@@ -39,8 +40,9 @@ class PhaseRun:
 
 @dataclass(frozen=True)
 class FileResult:
-    """A quantized file (the first of its shards). `kld` is results.json's, None where it was not measured;
-    `quarantined` the reason, None for a file that passed every check it was put to."""
+    """A quantized file (the first of its shards). `verified` and `kld` are of the bytes that it has now: `kld` is
+    results.json's, None where these were not measured; `quarantined` is the reason, None for a file that passed every
+    check it was put to; `ceiling`: what its mean KLD was held against, None where it was not measured."""
 
     tier: str
     path: Path
@@ -51,6 +53,7 @@ class FileResult:
     kld: dict[str, Any] | None
     results: Path | None
     quarantined: str | None
+    ceiling: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "results": str(self.results) if self.results else None}
@@ -110,9 +113,8 @@ def files(context: Context) -> list[FileResult]:
     records = context.state.records.get("quantize", {})
     for tier in [name for name in order if name in records]:
         record = records[tier]
-        verified, measured = context.facts("verify", tier), context.facts("evaluate", tier)
-        results = context.record("evaluate", tier)
-        stored = results.outputs.get("results", []) if results is not None else []
+        verified, measured = proof(context, "verify", tier), proof(context, "evaluate", tier)
+        stored = measured.outputs.get("results", []) if measured is not None else []
         model = record.outputs["model"]
         found.append(
             FileResult(
@@ -121,10 +123,11 @@ def files(context: Context) -> list[FileResult]:
                 bytes=sum(file.bytes for file in model),
                 bpw=record.facts["bpw"],
                 sha256=model[0].sha256,
-                verified=bool(verified.get("ok")),
-                kld=measured.get("kld"),
+                verified=verified is not None and bool(verified.facts.get("ok")),
+                kld=measured.facts.get("kld") if measured is not None else None,
                 results=context.state.where(stored[0]) if stored else None,
-                quarantined=verified.get("quarantined") or measured.get("quarantined"),
+                quarantined=quarantined(context, tier),
+                ceiling=measured.facts.get("ceiling") if measured is not None else None,
             )
         )
     return found

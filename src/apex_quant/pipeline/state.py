@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -75,12 +75,17 @@ def digest_of(parts: Iterable[str]) -> str:
     return every[0] if len(every) == 1 else hashlib.sha256("\n".join(every).encode()).hexdigest()
 
 
+def located(path: Path) -> Path:
+    """Absolute, by the folder that it lies in: `..` and links to folders are followed, a link to a file stays."""
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+
+
 class State:
-    """The document of one WORK folder."""
+    """The document of one WORK folder; `work` is its real place, however it was named."""
 
     def __init__(self, work: Path) -> None:
-        self.work = work
-        self.path = work / STATE
+        self.work = work.resolve()
+        self.path = self.work / STATE
         self.records: dict[str, dict[str, Record]] = {}
         self.started: dict[str, dict[str, Started]] = {}
         self.hashes: dict[str, list[Any]] = {}
@@ -149,7 +154,7 @@ class State:
 
     def relative(self, path: Path) -> str:
         """As it stands in the state: below WORK relative, so that the folder may be moved."""
-        absolute = path.absolute()
+        absolute = located(path)
         return str(absolute.relative_to(self.work)) if absolute.is_relative_to(self.work) else str(absolute)
 
     def sha256(self, path: Path) -> str:
@@ -161,9 +166,8 @@ class State:
         try:
             status = path.stat()
             seen = [status.st_size, status.st_mtime_ns, status.st_ino]
-            known = self.hashes.get(name)
-            if known is not None and known[:3] == seen:
-                return str(known[3])
+            if (known := self._known(name, seen)) is not None:
+                return known
             digest = hashlib.sha256()
             with path.open("rb") as data:
                 while part := data.read(_BLOCK):
@@ -172,6 +176,20 @@ class State:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
         self.hashes[name] = [*seen, digest.hexdigest()]
         return digest.hexdigest()
+
+    def _known(self, name: str, seen: list[int]) -> str | None:
+        known = self.hashes.get(name)
+        return str(known[3]) if known is not None and known[:3] == seen else None
+
+    def unread(self, paths: Iterable[Path]) -> int:
+        """Bytes that sha256() would read of these files."""
+        total = 0
+        for path in paths:
+            with suppress(OSError):  # sha256() says so
+                status = path.stat()
+                seen = [status.st_size, status.st_mtime_ns, status.st_ino]
+                total += 0 if self._known(self.relative(path), seen) else status.st_size
+        return total
 
     def seed(self, path: Path, sha256: str) -> None:
         """Take a hash that somebody else has just verified."""
@@ -194,6 +212,12 @@ class State:
 
     def where(self, file: StoredFile) -> Path:
         return self.work / file.path  # an absolute path stays what it is
+
+    def lacks_others(self, record: Record) -> bool:
+        """Whether a file of a record is gone that lies outside of WORK, and none in there."""
+        gone = [self.where(file) for files in record.outputs.values() for file in files]
+        gone = [path for path in gone if not path.exists()]
+        return bool(gone) and not any(path.is_relative_to(self.work) for path in gone)
 
     def damage(self, record: Record) -> str | None:
         """Which file of a record is gone or another one, in words; None when all are what they were."""

@@ -51,7 +51,7 @@ class Status:
 
 def status(directory: str | Path) -> Status:
     """Read a folder's state. Raises InputError when no run was ever there."""
-    work = Path(directory).absolute()
+    work = Path(directory).resolve()
     if not (work / STATE).is_file():
         raise InputError(f"{directory}: no run has been here", hint="apex run --work names the folder of a run")
     state = State(work).load()

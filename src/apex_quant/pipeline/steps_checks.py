@@ -21,6 +21,7 @@ from apex_quant.pipeline.measuring import (
     run_told,
 )
 from apex_quant.pipeline.phases import Done, Item
+from apex_quant.pipeline.proof import proof
 from apex_quant.pipeline.quarantine import note_of, quarantine
 from apex_quant.pipeline.smoke import PROMPTS, ceiling, generate_once, written_before
 from apex_quant.pipeline.steps_files import matrix
@@ -46,7 +47,7 @@ def verify_items(context: Context) -> list[Item]:
 
 
 def verify_claims(context: Context, item: Item) -> Iterable[Path]:
-    return [note_of(context.artifact("quantize", "model", item.name).path)]
+    return [note_of(context.artifact("quantize", "model", item.name).path, "verify")]
 
 
 def verify_weights(context: Context) -> bool:
@@ -60,6 +61,8 @@ def verify_weights(context: Context) -> bool:
 def verify_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     """Structure, hashes, values, a sample encoded again, and a little text. A file that fails is quarantined."""
     given, source = context.config.verify, context.model()
+    if (why := ceiling_unused(context)) is not None:
+        context.note("verify", f"no file's mean KLD is held against the ceiling of its tier: {why}")
     expected = []
     if given.generate:
         expected = generate_once(
@@ -100,6 +103,16 @@ def _verification(context: Context, item: Item, expected: Sequence[dict[str, Any
 # --- evaluate ---
 
 
+def ceiling_unused(context: Context) -> str | None:
+    """Why no mean KLD is measured, so that the last of the checks cannot be made; None where it is."""
+    given = context.config
+    if "evaluate" in given.phases.skip:
+        return "phase evaluate is skipped"
+    if given.evaluate.suite in NATIVE and given.evaluate.only and "kld" not in given.evaluate.only:
+        return "evaluate.only leaves kld out"
+    return None if given.evaluate.suite in NATIVE else f"evaluate.suite is {given.evaluate.suite}"
+
+
 def evaluate_unused(context: Context) -> str | None:
     return "the evaluation suite is none" if context.config.evaluate.suite == "none" else None
 
@@ -124,8 +137,8 @@ def evaluate_items(context: Context) -> list[Item]:
     items = []
     for one in wanted(context.config):
         file = context.artifact("quantize", "model", one.name)
-        bad = ("verify", one.name) not in context.pending and context.facts("verify", one.name).get("quarantined")
-        if not bad:
+        checked = None if ("verify", one.name) in context.pending else proof(context, "verify", one.name)
+        if checked is None or not checked.facts.get("quarantined"):
             limit = context.config.verify.kld_ceiling.get(one.name)
             decided = {**parameters, "kld_ceiling": limit} if limit is not None else parameters
             items.append(Item(one.name, decided, {"file": file.digest, **inputs}))
@@ -136,10 +149,8 @@ def evaluate_claims(context: Context, item: Item) -> Iterable[Path]:
     path = context.artifact("quantize", "model", item.name).path
     stem = path.name.removesuffix(".gguf")
     results = context.release / "results"
-    note = note_of(path)
-    # a note of verify's is not this phase's to delete
-    mine = [] if context.facts("verify", item.name).get("quarantined") else [note]
-    return [results / f"{stem}.json", results / f"{stem}.npz", *mine, parts_folder(context, results / f"{stem}.json")]
+    out = results / f"{stem}.json"
+    return [out, results / f"{stem}.npz", note_of(path, "evaluate"), parts_folder(context, out)]
 
 
 def evaluate_weights(context: Context) -> bool:
@@ -158,7 +169,7 @@ def evaluate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         measured[path.name] = found
         kld = (found.metrics.get("kld") or {}).get("mean")
         limit = ceiling(item.name, context.facts("quantize", item.name)["bpw"], context.config.verify.kld_ceiling)
-        facts: dict[str, Any] = {"kld": kld, "ceiling": limit}
+        facts: dict[str, Any] = {"kld": kld, "ceiling": limit if kld is not None else None}
         outputs = results_of(out)
         if kld is not None and kld["value"] is not None and kld["value"] > limit:
             reason = f"mean KLD {kld['value']:.4g} is above {limit:g}, the ceiling of {item.name}"

@@ -138,6 +138,7 @@ def calibrate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
             seed=given.seed,
             heads=given.heads,
             options=context.config.session_options(ctx=given.ctx),
+            force=True,  # what lies there of another key was cleared away; what is finished is found, not made again
             progress=context.tell,
         )
         thin = sum(len(row["experts"]) for row in made.uncovered)

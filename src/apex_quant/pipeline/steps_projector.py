@@ -49,10 +49,12 @@ def finished(context: Context, item: Item) -> Done:
 
         words = _REMOTE.fullmatch(item.parameters["from"])
         assert words is not None
-        came = snapshot(words["repo"], patterns=(words["file"],), progress=context.tell)
+        at = context.pinned(words["repo"], None)
+        came = snapshot(words["repo"], revision=at, patterns=(words["file"],), progress=context.tell)
         if len(came.files) != 1:
             names = ", ".join(file.path for file in came.files)
             raise InputError(f"convert.mmproj: {len(came.files)} files fit {item.parameters['from']}: {names}")
+        context.pin(words["repo"], None, came.commit)
         path, facts = came.folder / came.files[0].path, {"repo": words["repo"], "commit": came.commit}
     return Done(item, {"projector": [lay_beside(context, path)]}, facts)
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from apex_quant.errors import InputError
-from apex_quant.gguf import open_model, split
+from apex_quant.gguf import split
+from apex_quant.gguf.reader import SHARD_NAME
+from apex_quant.pipeline import disk
 from apex_quant.pipeline.context import Context
-from apex_quant.pipeline.disk import require
 from apex_quant.pipeline.phases import PENDING, Done, Item, Need
+from apex_quant.pipeline.proof import require_proven
 from apex_quant.pipeline.steps_checks import evaluate_items, evaluate_unused
 from apex_quant.publishable import MOST_BYTES
 
 _CARD: Final = "card"
 """Of the state: sha256 of the card as it was written."""
+_CUT: Final = "shards"
+"""Of the state: by name of a file that is published in shards, what those were cut from."""
 _HEADER: Final = 1_000_000_000
 _NOT_PUBLISHED: Final = (".journal", ".partial", ".state", ".lock")
 
@@ -104,6 +107,8 @@ def publish_items(context: Context) -> list[Item]:
         path
         for path in sorted(context.release.rglob("*"))
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_PUBLISHED)
+        # shards that this phase cuts follow from the whole
+        if not ((shard := SHARD_NAME.fullmatch(path.name)) and path.with_name(f"{shard['prefix']}.gguf").exists())
     ]
     inputs = {str(path.relative_to(context.release)): context.state.sha256(path) for path in files}
     return [Item("", parameters, inputs)]
@@ -114,13 +119,17 @@ def publish_claims(context: Context, item: Item) -> Iterable[Path]:
 
 
 def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
-    """Upload, or without --yes say what would be uploaded. Raises as publish(): quarantined files are refused."""
+    """Upload, or without --yes say what would be uploaded.
+
+    Raises as publish(): quarantined files are refused; and InputError for files that were not verified or measured.
+    """
     from apex_quant.publish import publish
 
     given = context.config.publish
     assert given.repo is not None
     for item in items:
         upload = item.parameters["upload"]
+        require_proven(context)
         _split_large(context)
         made = publish(
             context.release,
@@ -137,22 +146,28 @@ def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
 
 
 def _split_large(context: Context) -> None:
-    """Shards beside the models that are too large for the hub; publishable() then leaves the whole ones here."""
+    """Shards beside the models that are too large; publishable() then leaves the whole ones here.
+
+    Those of another file or size that an earlier upload had are deleted. Raises ResourceError for a full disk.
+    """
+    most = context.config.publish.shards
+    cut: dict[str, Any] = context.state.about.setdefault(_CUT, {})
     for path in sorted(context.release.glob("*.gguf")):
-        if path.stat().st_size > MOST_BYTES and not _is_split(path):
-            context.note("publish", f"{path.name} is over {MOST_BYTES} bytes: split into shards")
-            # the header comes on top of the tensors that are counted
-            most = min(context.config.publish.shards, MOST_BYTES - _HEADER)
-            require("publish", [Need(path.parent, path.stat().st_size)])
-            split(path, path.with_suffix(""), most, force=True)
-
-
-def _is_split(path: Path) -> bool:
-    """Whether all its shards lie beside it: an earlier run may have ended in the middle."""
-    for first in path.parent.glob(f"{path.stem}-00001-of-*.gguf"):
-        try:
-            with open_model(first):
-                return True
-        except InputError:
+        if SHARD_NAME.fullmatch(path.name):
             continue
-    return False
+        size = path.stat().st_size
+        wanted = {"sha256": context.state.sha256(path), "most": most} if size > most else {}
+        known = cut.get(path.name, {"files": []})
+        is_whole = all((context.release / name).exists() for name in known["files"])
+        if known == {**wanted, "files": known["files"]} and is_whole:
+            continue
+        for name in known["files"]:
+            disk.clear(context.work, context.release / name)
+        cut.pop(path.name, None)
+        if wanted:
+            context.note("publish", f"{path.name} is over {most} bytes: split into shards")
+            disk.require("publish", [Need(path.parent, size)])
+            # the header comes on top of the tensors that are counted
+            made = split(path, path.with_suffix(""), min(most, MOST_BYTES - _HEADER), force=True)
+            cut[path.name] = {**wanted, "files": [file.name for file in made]}
+        context.state.save()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from apex_quant.errors import InputError, UsageError
+from apex_quant.checkpoint import architectures, read_json
+from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.gguf import open_model
+from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.pipeline import steps_projector
+from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item, Need
-from apex_quant.pipeline.state import digest_of
+from apex_quant.pipeline.state import STATE, digest_of, located
 
 # of a hub repository, what a conversion reads; the pickled weights only where there are no others
 PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 PICKLED: Final = ("*.bin", "*.pth", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+CONFIG: Final = "config.json"
 
 
 def source_items(context: Context) -> list[Item]:
@@ -30,6 +37,26 @@ def _weights(context: Context) -> list[Item]:
     if config.is_hub:
         about = {"repo": config.source, "revision": config.revision, "files": config.source_files}
         return [Item("", {"kind": "hub", **about}, {})]
+    check_source(config)
+    path = Path(config.source)
+    if context.is_gguf:
+        shards = _shards(path)
+        context.announce_hashing("source", shards)
+        digest = context.state.digest(shards)
+        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"shards": shards})]
+    inside = checkpoint_files(path, context.work)
+    context.announce_hashing("source", inside)
+    lines = [f"{one.relative_to(path)} {context.state.sha256(one)}" for one in inside]
+    return [Item("", {"kind": "checkpoint"}, {"checkpoint": digest_of([*lines, ""])}, {"files": inside})]
+
+
+def check_source(config: RunConfig) -> None:
+    """Refuse a source on this disk that is none, by names and headers alone.
+
+    Raises UsageError for a revision of it, InputError for what is no model, and what describe() raises.
+    """
+    if config.is_hub:
+        return
     if config.revision is not None:
         raise UsageError("a revision concerns a download, and the source is on this disk")
     path = Path(config.source)
@@ -37,15 +64,12 @@ def _weights(context: Context) -> list[Item]:
         raise InputError(
             f"{path}: no such file or folder", hint="a hub id is ORG/NAME; a GGUF, a checkpoint's folder or a YAML file"
         )
-    if context.is_gguf:
-        shards = _shards(path)
-        digest = context.state.digest(shards)
-        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"shards": shards})]
+    if config.source.lower().endswith(".gguf"):
+        with open_model(path):
+            return
     if not path.is_dir():
         raise InputError(f"{path}: neither a GGUF nor a checkpoint's folder", hint="a GGUF file ends in .gguf")
-    inside = _checkpoint_files(path)
-    lines = [f"{one.relative_to(path)} {context.state.sha256(one)}" for one in inside]
-    return [Item("", {"kind": "checkpoint"}, {"checkpoint": digest_of([*lines, ""])}, {"files": inside})]
+    _described(path)
 
 
 def source_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
@@ -56,6 +80,7 @@ def source_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         elif item.parameters["kind"] == steps_projector.NAME:
             yield steps_projector.finished(context, item)
         elif item.parameters["kind"] == "checkpoint":
+            check_convertible(context, read_json(Path(context.config.source) / CONFIG))
             yield Done(item, {"files": item.about["files"]}, _described(Path(context.config.source)))
         else:
             yield _downloaded(context, item)
@@ -70,16 +95,19 @@ def source_claims(context: Context, item: Item) -> Iterable[Path]:
 
 def _shards(path: Path) -> list[Path]:
     with open_model(path) as model:
-        return [Path(file.path).absolute() for file in model.files]
+        return [located(Path(file.path)) for file in model.files]
 
 
 def _links(context: Context, shards: Sequence[Path]) -> list[Path]:
     """Where the shards are linked to when the run has a name of its own: plans name files after their source."""
     if context.config.name is None:
         return []
-    names = [_SHARD.search(shard.name) for shard in shards]
+    endings = [
+        shard.name.removeprefix(found["prefix"]) if (found := SHARD_NAME.fullmatch(shard.name)) else ".gguf"
+        for shard in shards
+    ]
     stem = re.sub(r"[^\w.+-]+", "-", context.config.name)
-    links = [context.work / "source" / f"{stem}{found[0] if found else '.gguf'}" for found in names]
+    links = [context.work / "source" / f"{stem}{ending}" for ending in endings]
     return [] if set(links) & set(shards) else links
 
 
@@ -94,12 +122,24 @@ def _gguf(context: Context, item: Item) -> Done:
     return Done(item, {"files": links or shards}, facts)
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def checkpoint_files(folder: Path, work: Path) -> list[Path]:
+    """The files that a conversion reads: those that a download would bring. The folders of runs are none of them."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        folders[:] = [n for n in folders if not n.startswith(".") and not _is_work(here / n, work)]
+        found += [here / name for name in names if not name.startswith(".") and (here / name).is_file()]
+    patterns = weight_patterns(path.name for path in found)
+    return sorted(path for path in found if any(fnmatchcase(path.name, pattern) for pattern in patterns))
+
+
+def _is_work(folder: Path, work: Path) -> bool:
+    return folder.resolve() == work or (folder / STATE).is_file()
+
+
+def weight_patterns(names: Iterable[str]) -> tuple[str, ...]:
+    """Which files of a checkpoint count: pickled weights only where there are no others."""
+    return PATTERNS if any(name.endswith(".safetensors") for name in names) else PICKLED
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -120,23 +160,61 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _downloaded(context: Context, item: Item) -> Done:
-    from apex_quant.hub import snapshot
+    """A checkpoint's files, at one commit. InputError, before the weights, for what cannot be converted."""
+    from apex_quant.hub import repository, snapshot
+    from apex_quant.hub_access import explained, retried
 
     repo, revision = item.parameters["repo"], item.parameters["revision"]
     if item.parameters["files"] is not None:
         return _downloaded_gguf(context, item)
-    try:
-        came = snapshot(repo, revision=revision, patterns=PATTERNS, progress=context.tell)
-    except InputError:
-        came = snapshot(repo, revision=revision, patterns=PICKLED, progress=context.tell)
-    else:
-        if not any(file.path.endswith(".safetensors") for file in came.files):
-            came = snapshot(repo, revision=came.commit, patterns=PICKLED, progress=context.tell)
+    with explained(repo):
+        there = retried(lambda: repository(repo, context.pinned(repo, revision)))
+    names = [file.path for file in there.files]
+    models = [name for name in names if name.endswith(".gguf")]
+    if models and not any(name.endswith((".safetensors", ".bin", ".pth")) for name in names):
+        raise InputError(
+            f"{repo}: holds GGUF files, and no checkpoint to convert",
+            hint=f"--set source_files=PATTERN names the full-precision one: {', '.join(models[:5])}",
+        )
+    if CONFIG in names:
+        first = snapshot(repo, revision=there.commit, patterns=(CONFIG,), progress=context.tell)
+        check_convertible(context, read_json(first.folder / CONFIG))
+    came = snapshot(repo, revision=there.commit, patterns=weight_patterns(names), progress=context.tell)
     paths = [came.folder / file.path for file in came.files]
     for path, file in zip(paths, came.files, strict=True):
         if file.sha256 is not None:  # the download has just compared it
             context.state.seed(path, file.sha256)
+    context.pin(repo, revision, came.commit)
     return Done(item, {"files": paths}, {**_described(came.folder), "repo": repo, "commit": came.commit})
+
+
+def check_convertible(context: Context, config_json: Mapping[str, Any], *, fetch: bool = True) -> None:
+    """Refuse, before hours of download and hashing, what `convert` would refuse after them.
+
+    `fetch`: download the converter where it is not there yet. Raises InputError for an architecture that it does not
+    know, ResourceError for what it needs and is missing. Nothing where `convert` is not asked for.
+    """
+    from apex_quant.convert import check_architecture
+    from apex_quant.converter_python import find_python
+    from apex_quant.converter_source import find_converter, unpacked_converter
+
+    if "convert" not in context.config.phases.selected():
+        return
+    find_python(context.config.convert.python)
+    say = partial(context.note, "convert")
+    converter = find_converter(say=say) if fetch else unpacked_converter()
+    if converter is not None:
+        check_architecture(context.config.source, architectures(config_json), converter)
+
+
+def convert_problem(context: Context) -> None:
+    """Note what `convert` will miss, as far as that is known without the hub."""
+    folder = Path(context.config.source)
+    try:
+        known = {} if context.config.is_hub else read_json(folder / CONFIG)
+        check_convertible(context, known, fetch=False)
+    except ApexError as error:
+        context.note("convert", f"{error.message}{f' ({error.hint})' if error.hint else ''}")
 
 
 def _downloaded_gguf(context: Context, item: Item) -> Done:
@@ -144,7 +222,8 @@ def _downloaded_gguf(context: Context, item: Item) -> Done:
     from apex_quant.hub import baseline_files
 
     repo, revision, pattern = (item.parameters[key] for key in ("repo", "revision", "files"))
-    found = baseline_files(f"{repo}{f'@{revision}' if revision else ''}:{pattern}", progress=context.tell)
+    at = context.pinned(repo, revision)
+    found = baseline_files(f"{repo}{f'@{at}' if at else ''}:{pattern}", progress=context.tell)
     if len(found) != 1:
         names = ", ".join(one.path.name for one in found)
         raise InputError(f"{repo}: {len(found)} models fit {pattern}: {names}", hint="source_files must name one")
@@ -153,6 +232,7 @@ def _downloaded_gguf(context: Context, item: Item) -> Done:
     for shard in shards:
         if (digest := by_name[shard.name].sha256) is not None:
             context.state.seed(shard, digest)
+    context.pin(repo, revision, found[0].commit)
     return Done(item, {"files": shards}, {"repo": repo, "commit": found[0].commit})
 
 

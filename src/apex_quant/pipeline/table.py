@@ -50,7 +50,7 @@ PHASES: Final[tuple[Phase, ...]] = (
         weights=checks.verify_weights,
     ),
     Phase(
-        "evaluate", ("reference", "quantize", "verify"), "perplexity, KLD, routers, tasks and speed of every file",
+        "evaluate", ("reference", "quantize"), "perplexity, KLD, routers, tasks and speed of every file",
         checks.evaluate_items, checks.evaluate_work, checks.evaluate_claims, checks.evaluate_unused, nothing,
         weights=checks.evaluate_weights,
     ),
@@ -63,8 +63,8 @@ PHASES: Final[tuple[Phase, ...]] = (
         "report", ("evaluate", "baselines"), "report, plots and model card",
         final.report_items, final.report_work, final.report_claims, final.report_unused, nothing,
     ),
-    Phase(
-        "publish", ("quantize", "verify", "evaluate", "report"), "to the hub, after --yes",
+    Phase(  # of the phases between, proof.py asks
+        "publish", ("quantize",), "to the hub, after --yes",
         final.publish_items, final.publish_work, final.publish_claims, final.publish_unused, nothing,
     ),
 )  # fmt: skip

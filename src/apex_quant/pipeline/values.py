@@ -9,14 +9,13 @@ from typing import Any, Final
 from pydantic import BeforeValidator
 
 from apex_quant.errors import ApexError, UsageError, did_you_mean
+from apex_quant.hub import BASELINE, HUB_ID
 from apex_quant.recipe.tiers import find_tier
 from apex_quant.sizes import parse_count, parse_size
 from apex_quant.text import parse_mix
 
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 SOURCE_ID: Final = re.compile(rf"(?!.*\.(gguf|ya?ml)$){HUB_ID.pattern}", re.ASCII | re.IGNORECASE)
 """A source that is downloaded, unless there is such a folder."""
-_BASELINE: Final = re.compile(r"[^:@\s]+/[^:@\s]+(?:@[^:\s]+)?:[^:]+(?::.+)?")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,127}")
 
 
@@ -92,7 +91,7 @@ def as_baseline(value: Any) -> Any:
             raise UsageError("a baseline needs repo and pattern, both text")
         revision = f"@{value['revision']}" if "revision" in value else ""
         value = f"{value['repo']}{revision}:{value['pattern']}" + (f":{value['label']}" if "label" in value else "")
-    if isinstance(value, str) and not _BASELINE.fullmatch(value):
+    if isinstance(value, str) and not BASELINE.fullmatch(value):
         raise UsageError(f"{value!r} is not REPO[@REVISION]:PATTERN[:LABEL], such as ORG/X-GGUF:*-Q4_K_M*:theirs")
     return value
 

@@ -144,7 +144,7 @@ class Patcher:
 
     def _find(self, session: Session) -> dict[str, list[int]]:
         before = session.callback
-        finder = _Finder(session._lib, self._tensors, self.file.tensors.keys())
+        finder = _Finder(session.library, self._tensors, self.file.tensors.keys())
         session.callback = finder
         try:
             session.reopen()

@@ -180,6 +180,11 @@ class Session:
     # --- facts ---
 
     @property
+    def library(self) -> Any:
+        """The bindings that this session calls, for what reads or writes beside it (observers, patches)."""
+        return self._lib
+
+    @property
     def training_context(self) -> int:
         """Tokens that the model was trained to see at once."""
         return int(self._lib.llama_model_n_ctx_train(self._model))

@@ -64,7 +64,7 @@ def flags(help_text: str) -> frozenset[str]:
 
 def devices(found: Found) -> tuple[Device, ...]:
     """GPUs of the backend, none where it has none."""
-    command = found.command if found.kind == "llama-server" else (sys.executable, "-m", MODULE)
+    command = found.command if found.kind == "llama-server" else (sys.executable, "-P", "-m", MODULE)
     text = said([*command, "--list-devices"])
     return tuple(
         Device(name, words, int(total) << 20, int(free) << 20) for name, words, total, free in _DEVICE.findall(text)
@@ -123,7 +123,7 @@ def _bindings(launch: Launch) -> list[str]:
         "--gpu-layers": launch.gpu_layers, "--threads": launch.threads,
     }  # fmt: skip
     given = (str(word) for pair in words.items() if pair[1] is not None for word in pair)
-    return [sys.executable, "-m", MODULE, *given]
+    return [sys.executable, "-P", "-m", MODULE, *given]
 
 
 __all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "command", "devices", "find_server", "flags"]

@@ -1,7 +1,7 @@
-"""Original text that ships in this package: the built-in corpus, which calibrates, held-out text, which judges, and
-probe text, on which sensitivities are measured.
+"""Original text that ships in this package: the built-in corpus, which calibrates, held-out text, which judges, probe
+text, on which sensitivities are measured, and validation text, by which recipes are chosen.
 
-No two of them share a run of 13 words (tests count them). The name of a held-out or probe file is its domain.
+No two of them share a run of 13 words (tests count them). The name of a file, but for the corpus, is its domain.
 
 `python -m apex_quant.text` prints the statistics.
 """
@@ -39,6 +39,11 @@ def heldout() -> list[Document]:
 def probe() -> list[Document]:
     """All documents that sensitivities are measured on, in the same form; `source` is 'probe/DOMAIN.jsonl:LINE'."""
     return _documents("probe", "probe")
+
+
+def validation() -> list[Document]:
+    """All documents that measured recipes are chosen by; `source` is 'validation/DOMAIN.jsonl:LINE'."""
+    return _documents("validation", "validation")
 
 
 def _documents(folder: str, label: str) -> list[Document]:
