@@ -201,10 +201,10 @@ def test_keys(service: Service) -> None:
 
 def test_pages_from_elsewhere(tmp_path: Path) -> None:
     """Without a key: neither a page of another site, nor one whose name was made to stand for this machine."""
-    with serve(embedded_model(), port=0, threads=1, ctx=256) as open_to_all:
+    with serve(embedded_model(), host="127.0.0.2", port=0, threads=1, ctx=256) as open_to_all:
 
         def ask(method: str, path: str, **headers: str) -> tuple[int, Any]:
-            connection = http.client.HTTPConnection("127.0.0.1", open_to_all.port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.2", open_to_all.port, timeout=60)
             connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
             response = connection.getresponse()
             response.read()
