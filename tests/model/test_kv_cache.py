@@ -14,7 +14,8 @@ import pytest
 from apex_quant import embedded_model
 from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import open_model
-from apex_quant.model.kv_cache import CACHE_TYPES, KVCache, _row_bytes, kv_cache
+from apex_quant.gguf.types import CACHE_TYPES
+from apex_quant.model.kv_cache import KVCache, _row_bytes, kv_cache
 from apex_quant.model.kv_rules import FORK_TYPES
 from apex_quant.serving.memory import LibraryMemory, MemoryQuestion, library_memory
 from tests.helpers.random_models import write_random_gguf

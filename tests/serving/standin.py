@@ -22,6 +22,10 @@ if "--list-devices" in sys.argv:
 def option(flag):
     return sys.argv[sys.argv.index(flag) + 1]
 (folder / "seen.json").write_text(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ)}}))
+(folder / "pid").write_text(str(os.getpid()))
+if (folder / "never").exists():
+    import signal
+    signal.pause()
 if (folder / "fails").exists():
     print("error: out of memory")
     sys.exit(3)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +64,24 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert call(capsys, "serve", tmp_path, "--server", standin(tmp_path / "bin"))[0] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_serve_until_it_is_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
-    program = standin(tmp_path)
-    env = {**os.environ, "PYTHONPATH": PACKAGE_ROOT if isinstance(PACKAGE_ROOT, str) else str(PACKAGE_ROOT)}
+@contextmanager
+def served(program: Path) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """`apex serve` as a process of its own, and what it printed once its server answered."""
     words = [sys.executable, "-m", "apex_quant", "serve", MODEL, "--port", "0", "--server", str(program), "--json"]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         lines: list[str] = []
-        found: Any = None
-        while found is None:
+        while not lines or not lines[-1].startswith("}"):
             line = process.stdout.readline()
             assert line, process.communicate()
             lines.append(line)
-            if line.startswith("}"):
-                found = json.loads("".join(lines))
+        yield process, json.loads("".join(lines))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_serve_until_it_is_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    with served(standin(tmp_path)) as (process, found):
         assert found["plan"]["backend"] == "llama-server"
         health = found["url"].removesuffix("/v1") + "/health"
         with urllib.request.urlopen(health, timeout=30) as response:
@@ -87,6 +92,40 @@ def test_serve_until_it_is_told_to_stop(number: signal.Signals, tmp_path: Path) 
     assert "stopping" in err
     with pytest.raises(OSError):
         urllib.request.urlopen(health, timeout=5)
+
+
+def test_serve_reports_a_killed_backend(tmp_path: Path) -> None:
+    with served(standin(tmp_path)) as (process, _):
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "error: llama-server ended with status 137" in err
+
+
+def test_serve_is_told_to_stop_before_it_serves(tmp_path: Path) -> None:
+    """The plan is shown by then, and no finished work is spoken of."""
+    program = standin(tmp_path)
+    (tmp_path / "never").touch()
+    words = [sys.executable, "-m", "apex_quant", "serve", MODEL, "--port", "0", "--server", str(program)]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        assert "llama-server at" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "error: stopped before it served"
+
+
+@pytest.mark.parametrize("utf8", ["0", "1"])
+def test_chat_with_bytes_that_are_no_text(utf8: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "apex_quant", "chat", MODEL, "--server", str(standin(tmp_path))], input=b"\xff\xfe\n",
+        capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUTF8": utf8,
+             "PYTHONIOENCODING": "utf-8:strict" if utf8 == "0" else ""},
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert b"error: what was typed is not UTF-8" in done.stderr
 
 
 @pytest.mark.slow

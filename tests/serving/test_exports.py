@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 
 from apex_quant import embedded_model
-from apex_quant.errors import ApexError, UsageError
+from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.tools import split
 from apex_quant.serving.exports import export
@@ -22,6 +24,7 @@ from apex_quant.serving.exports_schema import check, problems, read_ini, read_mo
 from apex_quant.serving.exports_targets import WRITERS
 from apex_quant.serving.exports_template import frame, stops
 from tests.helpers.random_models import write_random_gguf
+from tests.serving.standin import standin
 
 MODEL = embedded_model()
 SHA = hashlib.sha256(MODEL.read_bytes()).hexdigest()
@@ -101,8 +104,15 @@ def test_values(small: Path, tmp_path: Path) -> None:
     fields = {row["key"]: row["value"] for row in studio["config"]["operation"]["fields"]}
     assert fields["llm.prediction.temperature"] == 0.5
     assert fields["llm.prediction.topPSampling"] == {"checked": True, "value": 0.75}
+    load = {row["key"]: row["value"] for row in studio["config"]["load"]["fields"]}
+    assert load == {
+        "llm.load.contextLength": 256, "llm.load.numCpuExpertLayersRatio": 0.5, "llm.load.llama.flashAttention": True,
+        "llm.load.llama.kCacheQuantizationType": {"checked": True, "value": "q8_0"},
+        "llm.load.llama.vCacheQuantizationType": {"checked": True, "value": "q5_1"},
+    }  # fmt: skip
     preset, unit = found["llama-server"]
     assert preset["model"] == str(small.absolute())
+    assert unit["Service"]["BindReadOnlyPaths"] == f"{small.parent.absolute()}:/run/llama-models/small-Q8_0"
     assert (preset["n-cpu-moe"], preset["n-gpu-layers"], preset["flash-attn"]) == (1, 3, "on")
     assert "--n-cpu-moe 1 " in unit["Service"]["ExecStart"] + " "
     (compose,) = found["docker-compose"]
@@ -134,9 +144,78 @@ def test_what_targets_cannot_say(small: Path, tmp_path: Path) -> None:
     assert any("has no KV cache q8_0/q5_1" in line for line in warnings)
     warnings = export("lmstudio", small, out=tmp_path / "c", ctx=4096, type_k="q8_0", type_v="q8_0").warnings
     assert any("placeholder" in line for line in warnings)
+    assert not any("KV" in line for line in warnings)
     assert any("trained on 512" in line for line in warnings)
     with pytest.raises(UsageError, match="Did you mean ollama"):
         export("olama", small, out=tmp_path)
+
+
+def test_placement_is_not_lost(small: Path, tmp_path: Path) -> None:
+    """Where the target has a field it is there, elsewhere it is a warning."""
+    ollama = export("ollama", small, out=tmp_path / "o", ctx=64, gpu_layers=1, cpu_moe=2)
+    assert read_modelfile(ollama.paths[0].read_text())["PARAMETER"]["num_gpu"] == 1
+    assert any("num_gpu takes whole layers" in line for line in ollama.warnings)
+    studio = export("lmstudio", small, out=tmp_path / "s", ctx=64, gpu_layers=1, cpu_moe=1)
+    fields = yaml.safe_load(studio.paths[0].read_text())["config"]["load"]["fields"]
+    assert {"key": "llm.load.llama.acceleration.offloadRatio", "value": 0.3333} in fields
+    assert {"key": "llm.load.numCpuExpertLayersRatio", "value": 0.5} in fields
+
+
+def test_sampling_values_are_short_and_sane(tmp_path: Path) -> None:
+    odd: dict[str, str | int | float | bool] = {
+        "general.sampling.temp": 0.6,
+        "general.sampling.top_p": 5.0,
+        "general.sampling.min_p": float("nan"),
+    }
+    path = write_random_gguf(tmp_path / "m.gguf", "llama", layers="D", sparse=True, metadata=odd)
+    made = export("ollama", path, out=tmp_path / "o")
+    assert "PARAMETER temperature 0.6\n" in made.paths[0].read_text()
+    assert "temperature: 0.6\n" in export("localai", path, out=tmp_path / "l").paths[0].read_text()
+    assert [line for line in made.warnings if "makes no sense" in line] == [
+        "general.sampling.top_p of the file is left out: '5.0' makes no sense",
+        "general.sampling.min_p of the file is left out: 'nan' makes no sense",
+    ]
+
+
+def test_what_is_refused(small: Path, tmp_path: Path) -> None:
+    for uri in ("not a url", "file:///etc", "https://", "https://x/\ny"):
+        with pytest.raises(UsageError, match="is no address"):
+            export("localai", small, out=tmp_path, uri=uri)
+    for target in ("ollama", "docker-compose", "localai", "lmstudio"):
+        with pytest.raises(UsageError, match="turbo3 is not in stock"):
+            export(target, small, out=tmp_path, type_v="turbo3")
+    broken = tmp_path / "x\nPARAMETER stop a.gguf"
+    broken.write_bytes(small.read_bytes())
+    for target in WRITERS:
+        with pytest.raises(InputError, match="line ends"):
+            export(target, broken, out=tmp_path / "o")
+    for name in ("a#b.gguf", "a;b.gguf"):
+        (tmp_path / name).write_bytes(small.read_bytes())
+        with pytest.raises(InputError, match="ends its values"):
+            export("llama-server", tmp_path / name, out=tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_types_of_the_users_own_build(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(standin(tmp_path / "bin", more=", turbo2, turbo3, turbo4").parent))
+    made = export("llama-server", small, out=tmp_path / "o", ctx=64, type_v="turbo3")
+    assert "cache-type-v = turbo3" in made.paths[0].read_text()
+    assert "flash-attn = on" in made.paths[0].read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    folder = tmp_path / "a b %h : $X"
+    folder.mkdir()
+    path = write_random_gguf(folder / "m-Q8_0.gguf", "llama", layers="D", sparse=True)
+    path.chmod(0o640)
+    made = export("llama-server", path, out=tmp_path / "o", ctx=64)
+    unit = made.paths[1]
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert [line for line in done.stderr.splitlines() if unit.name in line] == []
+    assert done.returncode == 0
+    assert "/run/llama-models/m-Q8_0/m-Q8_0.gguf" in read_ini(unit.read_text())["Service"]["ExecStart"]
+    assert any("chmod o+r" in line for line in made.warnings)
 
 
 def with_template(path: Path, template: str, **keys: str) -> Path:
@@ -242,12 +321,14 @@ def test_hostile_metadata_and_names(tmp_path: Path) -> None:
         description="\x1b[31m\nFROM evil",
     )  # fmt: skip
     for target in WRITERS:
+        if target == "llama-server":
+            path = path.rename(folder / "m rm -rf.gguf")
         made = export(target, path, out=tmp_path / target)
         for name, document in documents(target, made.paths):
             assert problems(name, document) == []
             if name == "systemd":
                 assert document["Service"]["ExecStart"].startswith("/usr/bin/env llama-server ")
-                assert "a $$HOME %%h `x`" in document["Service"]["ExecStart"]
+                assert document["Service"]["BindReadOnlyPaths"].startswith(f'"{tmp_path}/a $HOME %%h `x`":/run/')
             if name == "localai-gallery":
                 assert document[0]["license"] == "mit - evil: 1"
         assert "\x1b" not in "".join(one.read_text() for one in made.paths)

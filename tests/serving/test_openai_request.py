@@ -31,6 +31,7 @@ def chat(model: Model = PLAIN, **words: Any) -> dict[str, Any]:
 def test_bounds_of_grammars() -> None:
     check_grammar('root ::= "(((" [({] "a"{1000} # (((\n')
     check_grammar("root ::= " + "(" * (MAX_DEPTH - 1))
+    check_grammar('root ::= ("a"{20}) "b"{20} ("c"{20})* (("d"+)+ "e")+')
     for bad in (
         "root ::= " + "(" * MAX_DEPTH, "x" * 70_000, 'root ::= "a"{1001}', 'root ::= "a"{0,' + "9" * 5000 + "}",
         'root ::= ("a"{20}){20}', 'root ::= (("a"{20}) "b") {20}', " ".join(['"a"{100}'] * 11),

@@ -11,7 +11,7 @@ import typer
 from apex_quant.cli import one_line, safe
 from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.options import Json
-from apex_quant.errors import ApexError, UsageError
+from apex_quant.errors import ApexError, InputError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +58,11 @@ def chat(
         while True:
             try:
                 text = console.input("[bold]> [/]").strip()
+                text.encode()  # in some locales bytes that are no text come as half characters
             except EOFError:
                 return
+            except UnicodeError:
+                raise InputError("what was typed is not UTF-8", hint="or the terminal's locale is another") from None
             if text in ("/quit", "/exit"):
                 return
             if text == "/new":

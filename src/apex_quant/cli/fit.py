@@ -91,9 +91,8 @@ def show(console: Console, found: Fit) -> None:
         )  # fmt: skip
     console.print(made)
     sequences = f" for each of {found.parallel} sequences" if found.parallel > 1 else ""
-    console.print(
-        f"asked: {found.ctx:,} tokens{sequences}, device {_mib(found.vram)} of which {_mib(found.reserve)} stay free"
-    )
+    free = "not used" if found.reserve >= found.vram else f"of which {_mib(found.reserve)} stay free"
+    console.print(f"asked: {found.ctx:,} tokens{sequences}, device {_mib(found.vram)} {free}")
     compute, error = found.compute.at(found.ctx), found.compute.error
     console.print(f"compute buffers {_mib(compute)} ± {error:.0%}: {safe(found.compute.source)}")
     if found.options:

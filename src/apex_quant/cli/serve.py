@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apex_quant.cli import one_line, safe
+from apex_quant.cli import INTERRUPTED, one_line, safe
 from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.options import Json
+from apex_quant.errors import ApexError
 
 if TYPE_CHECKING:
     from apex_quant.serving.serve import ServePlan
+
+
+class StoppedEarly(ApexError):
+    """Ctrl-C or SIGTERM while the server starts: there is no finished work that the same command would go on from."""
+
+    exit_code = INTERRUPTED
 
 
 def serve(
@@ -81,8 +88,8 @@ def serve(
                 console_for(False).print(f"[bold]{safe(service.url)}[/]  model {safe(plan.alias)}{key}; Ctrl-C ends it")
             service.wait()
     except KeyboardInterrupt:
-        print("stopping" if started else "stopped before it served", file=sys.stderr, flush=True)
         if not started:
-            raise typer.Exit(130) from None
+            raise StoppedEarly("stopped before it served") from None
+        print("stopping", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, previous)

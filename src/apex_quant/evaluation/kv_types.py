@@ -11,8 +11,7 @@ from apex_quant.errors import NativeError, ResourceError, UsageError, did_you_me
 from apex_quant.evaluation.programs import said
 from apex_quant.evaluation.server import find_server
 from apex_quant.evaluation.turbo.codec import TURBO
-from apex_quant.gguf import TYPES
-from apex_quant.runtime.options import CACHE_TYPES
+from apex_quant.gguf.types import CACHE_TYPES, TYPES
 
 STOCK: Final = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """What is measured unless told, each for both K and V; f16 is what the others are compared with."""
@@ -21,8 +20,8 @@ MIXED: Final = (("q8_0", "q5_1"), ("q8_0", "q4_0"), ("q5_0", "q4_0"))
 BASE: Final = ("f16", "f16")
 _ALLOWED = re.compile(r"--cache-type-[kv]\b.*?allowed values:\s*((?:\w+\s*,\s*)*\w+)", re.DOTALL)
 _SIZE = re.compile(
-    r"size =\s+[\d.]+ MiB \(\s*(\d+) cells,\s*(\d+) layers,\s*\d+/\d+ seqs\), "
-    r"K \((\w+)\):\s*([\d.]+) MiB, V \((\w+)\):\s*([\d.]+) MiB"
+    r"(llama_kv_cache|llama_memory_recurrent)\w*: size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers.*?\), "
+    r"[KR] \((\w+)\): +([\d.]+) MiB, [VS] \((\w+)\): +([\d.]+) MiB"
 )
 _ROTATION = re.compile(r"attn_rot_([kv]) = (\d+), n_embd_head_k_all = (-?\d+)")
 
@@ -145,22 +144,44 @@ def require_offered(pairs: Iterable[Pair], offered: Iterable[str] | None = None)
 # --- what the library did ---
 
 
+class CacheSize(NamedTuple):
+    """A line of the library's log on one cache; of a recurrent one `k` is the convolution's inputs, `v` the states."""
+
+    kind: str
+    mib: float
+    cells: int
+    layers: int
+    k: str
+    k_mib: float
+    v: str
+    v_mib: float
+
+
+def cache_size(line: str) -> CacheSize | None:
+    """None for other lines."""
+    found = _SIZE.search(line)
+    if found is None:
+        return None
+    kind, mib, cells, layers, k, k_mib, v, v_mib = found.groups()
+    return CacheSize(kind, float(mib), int(cells), int(layers), k, float(k_mib), v, float(v_mib))
+
+
 def read_log(lines: Iterable[str]) -> list[CacheLog]:
-    """The caches of one context, in the order of their making (a windowed model has two)."""
-    sizes: list[tuple[str, ...]] = []
+    """The caches of one context that attention reads, in the order of their making (a windowed model has two)."""
+    sizes: list[CacheSize] = []
     rotations: list[tuple[str, ...]] = []
     for line in lines:
-        if found := _SIZE.search(line):
-            sizes.append(found.groups())
+        if (size := cache_size(line)) is not None:
+            sizes += [size] if size.kind == "llama_kv_cache" else []
         elif found := _ROTATION.search(line):
             rotations.append(found.groups())
     made = []
-    for number, (cells, _, k, k_mib, v, v_mib) in enumerate(sizes):
+    for number, size in enumerate(sizes):
         said = {part: (bool(int(on)), int(head)) for part, on, head in rotations[2 * number : 2 * number + 2]}
         rotated = tuple(said[part][0] if part in said else None for part in "kv")
         heads = tuple(said[part][1] if part in said else -1 for part in "kv")
         made.append(
-            CacheLog(k, v, int(cells), float(k_mib), float(v_mib), (rotated[0], rotated[1]), (heads[0], heads[1]))
+            CacheLog(size.k, size.v, size.cells, size.k_mib, size.v_mib, (rotated[0], rotated[1]), (heads[0], heads[1]))
         )
     return made
 

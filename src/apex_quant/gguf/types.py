@@ -10,12 +10,15 @@ instead when the row length is not a multiple of the block (F16 when that does n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from apex_quant.errors import UsageError, did_you_mean
 
 Imatrix = Literal["unused", "used", "needed"]
 Kind = Literal["float", "int", "legacy", "k", "iq", "ternary", "fp4"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+CACHE_TYPES: Final[tuple[str, ...]] = get_args(CacheType)
+"""Types of K and V that stock llama.cpp's tools offer, as they spell them."""
 
 
 @dataclass(frozen=True, slots=True)

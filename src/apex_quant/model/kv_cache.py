@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from apex_quant.errors import InputError, UsageError, did_you_mean
-from apex_quant.gguf.types import ggml_type
+from apex_quant.gguf.types import CACHE_TYPES, ggml_type
 from apex_quant.model import kv_rules as rules
 from apex_quant.model.facts import ModelFacts, facts
 
 if TYPE_CHECKING:
     from apex_quant.gguf.reader import GGUFModel
 
-CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-"""What stock llama.cpp's tools take for K and V; the arithmetic here knows those of kv_rules.FORK_TYPES too."""
 PAD: Final = 256
 """Cells come in multiples of this."""
 _STATE_BYTES: Final = 4  # recurrent states are float32

@@ -6,15 +6,14 @@ SessionOptions(threads=4, gpu_layers=99, cpu_experts=True, ctx=512, sequences=4)
 from __future__ import annotations
 
 import re
-from typing import Final, Literal, get_args
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from apex_quant.gguf.types import CacheType
+
 # llama.cpp's own pattern for routed experts (LLM_FFN_EXPS_REGEX of common/common.h)
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-
-CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
-CACHE_TYPES: Final[tuple[str, ...]] = get_args(CacheType)  # those llama.cpp's tools offer
 
 
 class SessionOptions(BaseModel):

@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError
-from apex_quant.gguf import TYPES
+from apex_quant.gguf.types import CACHE_TYPES, TYPES
 from apex_quant.native import ggml
 from apex_quant.native.bindings import bindings
 from apex_quant.runtime.buffers import override_table
 from apex_quant.runtime.log import LibraryLog
 from apex_quant.runtime.observe import EvalCallback, Observer
-from apex_quant.runtime.options import CACHE_TYPES, SessionOptions
+from apex_quant.runtime.options import SessionOptions
 from apex_quant.runtime.tensors import F32, I32, Tensors
 
 _NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE

@@ -15,8 +15,7 @@ from typing import Any, Final
 from apex_quant.errors import ResourceError
 from apex_quant.evaluation.programs import said
 from apex_quant.evaluation.server import Found, find_server
-from apex_quant.gguf.types import TYPES
-from apex_quant.runtime.options import CACHE_TYPES
+from apex_quant.gguf.types import CACHE_TYPES, TYPES
 
 KEY_VARIABLE: Final = "LLAMA_API_KEY"
 """Of both kinds; several keys are separated by commas, as llama-server does."""

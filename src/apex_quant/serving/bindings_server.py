@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hmac
+import ipaddress
 import json
 import os
 import sys
@@ -27,7 +28,6 @@ MAX_BODY: Final = 64 << 20
 _OPEN: Final = ("/health", "/v1/health")
 _SERVED: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 """The bindings' others are not OpenAI's, or need a model of embeddings; detokenizing a wrong number ends them."""
-_THIS_MACHINE: Final = ("localhost", "127.0.0.1", "::1")
 _DONE: Final = b"data: [DONE]"
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "not_found_error",
                  413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
@@ -47,8 +47,10 @@ def error_body(status: int, message: str, kind: str | None = None) -> bytes:
 class Front:
     """ASGI: what comes before the application and what becomes of its errors."""
 
-    def __init__(self, app: App, keys: tuple[str, ...], model: Model) -> None:
+    def __init__(self, app: App, keys: tuple[str, ...], model: Model, host: str = "localhost") -> None:
+        """`host`: the name under which it listens."""
         self._app, self._keys, self._model = app, tuple(key.encode() for key in keys), model
+        self._host = host.strip("[]").lower()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -82,7 +84,7 @@ class Front:
     def _refusal(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
         """Status and why, for a request that is not let in."""
         headers = dict(scope["headers"])
-        if not self._keys and (foreign := _foreign(headers)):
+        if not self._keys and (foreign := _foreign(headers, self._host)):
             return 403, f"a server without a key answers this machine alone, not {foreign[:200]!r}"
         if scope["path"] in _OPEN:
             return None
@@ -98,7 +100,7 @@ class Front:
         return sum(hmac.compare_digest(given, key) for key in self._keys) > 0  # all of them, in equal time
 
 
-def _foreign(headers: dict[bytes, bytes]) -> str | None:
+def _foreign(headers: dict[bytes, bytes], own: str) -> str | None:
     """The Host or Origin of a request that is not this machine's: of a page from elsewhere, or one whose name was made
     to stand for this machine. Programs send no Origin."""
     host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
@@ -107,9 +109,17 @@ def _foreign(headers: dict[bytes, bytes]) -> str | None:
             name = urlsplit(address).hostname or ""
         except ValueError:
             return shown
-        if shown and name not in _THIS_MACHINE:
+        if shown and name not in ("localhost", own) and not _is_loopback_address(name):
             return shown
     return None
+
+
+def _is_loopback_address(name: str) -> bool:
+    """Of an address alone: what a name stands for can be changed by whoever owns it."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class TooLarge(BadRequest):
@@ -281,7 +291,7 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     chat = llama.chat_handler or llama._chat_handlers.get(llama.chat_format)
     llama.chat_handler = calling(chat or get_chat_completion_handler(llama.chat_format))
     template = str(llama.metadata.get("tokenizer.chat_template", ""))
-    return Front(made, keys, Model(alias, llama.n_vocab(), template))
+    return Front(made, keys, Model(alias, llama.n_vocab(), template), words.host)
 
 
 def _refuse_bad_grammars(lib: Any) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_quant.errors import UsageError, did_you_mean
+from apex_quant.errors import InputError, UsageError, did_you_mean
+from apex_quant.evaluation.kv_types import Pair, require_offered
 from apex_quant.gguf import merge, open_model
 from apex_quant.gguf.types import TYPES
 from apex_quant.gguf.writer import AtomicFile
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CTX: Final = 32768
 _BLOCK: Final = 8 << 20
+_URI: Final = re.compile(r"(https?|huggingface)://[!-~]+")
 Progress = Callable[[int, int], None]
 
 
@@ -85,8 +87,13 @@ class Subject:
         return self.files[0].name
 
     @property
+    def partly_on_device(self) -> bool:
+        """Whether fewer layers than all are asked for on the device."""
+        return self.gpu_layers <= self.layers
+
+    @property
     def quantized_v(self) -> bool:
-        return TYPES[self.type_v.upper()].is_quantized
+        return self.type_v.upper() not in TYPES or TYPES[self.type_v.upper()].is_quantized
 
     def files_rows(self) -> list[dict[str, str]]:
         """filename, sha256 and uri of every shard."""
@@ -124,8 +131,9 @@ def export(
     `ctx`: tokens (default 32768, or less where the model was trained on less); `gpu_layers`: as llama.cpp counts them
     (default all); `uri`: where the model's files can be downloaded, a folder such as
     https://huggingface.co/USER/REPO/resolve/main (default: where they lie); `publisher`: whose model it is, for LM
-    Studio. Raises UsageError for an unknown target and existing files without `force`, InputError for a file that is
-    no model, ResourceError for a full disk.
+    Studio. Raises UsageError for an unknown target, cache types that the target has not, a `uri` that is none and
+    existing files without `force`, InputError for a file that is no model or whose path no configuration can name,
+    ResourceError for a full disk.
     """
     from apex_quant.serving.exports_targets import WRITERS
 
@@ -134,6 +142,10 @@ def export(
             f"no export is called {target!r}.{did_you_mean(target, list(WRITERS))}",
             hint="there are " + ", ".join(WRITERS),
         )
+    # only llama-server is the user's own build: the others bring stock llama.cpp
+    require_offered([Pair(type_k, type_v)], None if target == "llama-server" else ())
+    if uri is not None and not _URI.fullmatch(uri):
+        raise UsageError(f"--uri {uri[:100]!r} is no address", hint="https://huggingface.co/USER/REPO/resolve/main")
     folder = Path(out)
     warnings: list[str] = []
     subject = _subject(Path(model), ctx, type_k, type_v, gpu_layers, cpu_moe, name, uri, publisher, warnings, progress)
@@ -191,16 +203,20 @@ def _subject(
             warnings.append(f"the model was trained on {trained} tokens at once, not {tokens}")
         cache = kv_cache(model, ctx=tokens, type_k=type_k, type_v=type_v)
         files = tuple(file.path for file in model.files)
+        if odd := next((file for file in files if not str(file.absolute()).isprintable()), None):
+            raise InputError(
+                f"{str(odd)!r}: a path with line ends or control characters, which no configuration can name"
+            )
         found, why = frame(model)
         text = {key: model.get(f"general.{key}") for key in ("name", "description", "license")}
         return Subject(
             path=path, files=files, name=safe_name(name or shown_name(files[0])),
             description=_line(text["description"]) or f"{_line(text['name']) or known.architecture}, {path.name}",
             license=_line(text["license"]), architecture=known.architecture, ctx=tokens, trained=trained,
-            type_k=type_k, type_v=type_v, layers=known.trunk_layers,
+            type_k=type_k, type_v=type_v, layers=known.block_count,
             gpu_layers=known.block_count + 1 if gpu_layers is None else gpu_layers, cpu_moe=cpu_moe,
             bytes=sum(info.nbytes for info in model.tensors.values()), kv_bytes=cache.bytes,
-            sampling=sampling_defaults(model), frame=found, why_no_frame=why,
+            sampling=sampling_defaults(model, warnings), frame=found, why_no_frame=why,
             has_template=isinstance(model.get("tokenizer.chat_template"), str),
             sha256=_hashes(files, progress), uri=uri, publisher=safe_name(publisher).lower(),
         )  # fmt: skip

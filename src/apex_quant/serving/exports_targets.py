@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import stat
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from apex_quant.errors import InputError
 from apex_quant.serving.exports import Subject, Writer
 from apex_quant.serving.exports_schema import check, read_ini, read_modelfile
 from apex_quant.serving.exports_template import stops
 
 _IMAGE: Final = "ghcr.io/ggml-org/llama.cpp:server"
 _PORT: Final = 8080
+_MOUNTED: Final = "/run/llama-models"
 
 LOCALAI: Final = {"temp": "temperature", "top-p": "top_p", "top-k": "top_k", "repeat-penalty": "repeat_penalty"}
 OLLAMA: Final = {**LOCALAI, "min-p": "min_p"}
@@ -25,6 +28,7 @@ LM_STUDIO: Final = {
 }  # fmt: skip
 """llama-server's option -> the target's name for it."""
 _SWITCHED: Final = frozenset({"top-p", "min-p", "repeat-penalty"})  # LM Studio: value and whether it is used
+_STUDIO_CACHES: Final = ("f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _WHOLE: Final = frozenset({"top-k"})
 
 
@@ -83,7 +87,10 @@ def localai(subject: Subject, folder: Path, warnings: list[str]) -> dict[str, st
         entry["license"] = subject.license
     check("localai-gallery", [entry])
     if not subject.uri:
-        warnings.append("the files have no address of their own (--uri): they are referred to where they lie")
+        warnings.append(
+            "without --uri the gallery entry refers to the files where they lie, and LocalAI takes none from outside "
+            f"its models folder: copy {', '.join(path.name for path in subject.files)} there, for {subject.name}.yaml"
+        )
     return {
         f"{subject.name}.yaml": hashes + _yaml({**model, **rows}),
         f"{subject.name}-gallery.yaml": _yaml([entry]),
@@ -96,11 +103,14 @@ def ollama(subject: Subject, folder: Path, warnings: list[str]) -> dict[str, str
         f"# sha256 of {subject.file_name}: {subject.sha256[subject.file_name]}",
         f"FROM {subject.path.absolute()}",
         f"PARAMETER num_ctx {subject.ctx}",
+        *([f"PARAMETER num_gpu {subject.gpu_layers}"] if subject.partly_on_device else []),
         *(f"PARAMETER {key} {value:g}" for key, value in _sampling(subject, OLLAMA, warnings).items()),
     ]
     if subject.frame is not None:
         lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops(subject.frame)]
         lines.append(f'TEMPLATE """{subject.frame.go()}"""')
+    if subject.cpu_moe:
+        warnings.append("Ollama cannot leave experts alone in main memory: num_gpu takes whole layers")
     if subject.type_k != "f16" or subject.type_v != "f16":
         kinds = ("f16", "q8_0", "q4_0")
         if subject.type_k == subject.type_v and subject.type_k in kinds:
@@ -132,6 +142,21 @@ def lmstudio(subject: Subject, folder: Path, warnings: list[str]) -> dict[str, s
         for value in [_sampling(subject, LM_STUDIO, []).get(key)]
         if value is not None
     ]
+    load: list[dict[str, Any]] = [{"key": "llm.load.contextLength", "value": subject.ctx}]
+    if subject.partly_on_device:
+        share = round(subject.gpu_layers / (subject.layers + 1), 4)
+        load.append({"key": "llm.load.llama.acceleration.offloadRatio", "value": share})
+    if subject.cpu_moe:
+        share = round(min(subject.cpu_moe / max(subject.layers, 1), 1.0), 4)
+        load.append({"key": "llm.load.numCpuExpertLayersRatio", "value": share})
+    for letter, kind in (("k", subject.type_k), ("v", subject.type_v)):
+        if kind in _STUDIO_CACHES:
+            key = f"llm.load.llama.{letter}CacheQuantizationType"
+            load.append({"key": key, "value": {"checked": True, "value": kind}})
+        elif kind != "f16":
+            warnings.append(f"LM Studio has no KV cache {kind}: it has f16, {', '.join(_STUDIO_CACHES)}")
+    if subject.quantized_v:
+        load.append({"key": "llm.load.llama.flashAttention", "value": True})
     document: dict[str, Any] = {
         "model": f"{subject.publisher}/{name}",
         "base": [{"key": f"{user}/{repo}", "sources": [{"type": "huggingface", "user": user, "repo": repo}]}],
@@ -144,11 +169,9 @@ def lmstudio(subject: Subject, folder: Path, warnings: list[str]) -> dict[str, s
         },
         "config": {
             **({"operation": {"fields": fields}} if fields else {}),
-            "load": {"fields": [{"key": "llm.load.contextLength", "value": subject.ctx}]},
+            "load": {"fields": load},
         },
     }
-    if subject.type_k != "f16" or subject.type_v != "f16":
-        warnings.append("model.yaml has no field for the types of the KV cache: choose them when loading")
     check("lmstudio", document)
     hashes = "".join(f"# sha256 of {file}: {digest}\n" for file, digest in subject.sha256.items())
     return {"model.yaml": hashes + _yaml(document)}
@@ -168,7 +191,7 @@ def _options(subject: Subject, path: str) -> dict[str, Any]:
     if subject.has_template:
         found["jinja"] = True
     found |= {option: int(value) if option in _WHOLE else value for option, value in subject.sampling.items()}
-    check("llama-server-preset", {**found, "model": "/" + path.lstrip("/")})
+    check("llama-server-preset", found)
     return found
 
 
@@ -182,9 +205,9 @@ def _words(options: dict[str, Any]) -> list[str]:
 
 
 def llama_server(subject: Subject, folder: Path, warnings: list[str]) -> dict[str, str]:
-    """A preset for --models-preset, a systemd unit, and the file that holds its key."""
-    path = str(subject.files[0].absolute())
-    options = _options(subject, path)
+    """A preset for --models-preset, and a systemd unit whose key is in a file that its owner writes."""
+    first = subject.files[0].absolute()
+    options = _options(subject, str(first))
     rows = [
         f"{key} = {'true' if value is True else f'{value:g}' if isinstance(value, float) else value}"
         for key, value in options.items()
@@ -192,7 +215,16 @@ def llama_server(subject: Subject, folder: Path, warnings: list[str]) -> dict[st
     hashes = [f"; sha256 of {file}: {digest}" for file, digest in subject.sha256.items()]
     preset = "\n".join(["version = 1", "", *hashes, f"[{subject.name}]", *rows]) + "\n"
     check("llama-server-preset", read_ini(preset)[subject.name])
+    if any(mark in str(first) for mark in "#;") or str(first) != str(first).strip():
+        raise InputError(
+            f"{first}: a preset ends its values at # and ;", hint="give the file another name, or put it elsewhere"
+        )
+    inside = f"{_MOUNTED}/{subject.name}"
+    served = {**options, "model": f"{inside}/{subject.file_name}"}
     command = ["/usr/bin/env", "llama-server", "--host", "127.0.0.1", "--port", str(_PORT), "--alias", subject.name]
+    closed = [path.name for path in subject.files if not path.stat().st_mode & stat.S_IROTH]
+    if closed:
+        warnings.append(f"the unit runs as a user of its own, who cannot read {', '.join(closed)}: chmod o+r")
     unit = "\n".join([
         *(f"# sha256 of {file}: {digest}" for file, digest in subject.sha256.items()),
         "[Unit]",
@@ -202,13 +234,17 @@ def llama_server(subject: Subject, folder: Path, warnings: list[str]) -> dict[st
         "[Service]",
         "Type=exec",
         "# systemd expands % and $ in command lines",
-        "ExecStart=" + " ".join(_quoted(word) for word in [*command, *_words(options)]),
+        "ExecStart=" + " ".join(_quoted(word) for word in [*command, *_words(served)]),
         "# LLAMA_API_KEY=..., for addresses other than 127.0.0.1; readable by root alone",
         f"EnvironmentFile=-/etc/llama-server/{subject.name}.env",
         "DynamicUser=yes",
+        "# for GPUs, those of these groups that there are",
+        "#SupplementaryGroups=render video",
         "NoNewPrivileges=yes",
         "ProtectSystem=strict",
         "PrivateTmp=yes",
+        "# the models wherever they lie, in a home or in /tmp too",
+        f"BindReadOnlyPaths={_mounted(first.parent)}:{inside}",
         "Restart=on-failure",
         "RestartSec=5",
         "",
@@ -217,6 +253,12 @@ def llama_server(subject: Subject, folder: Path, warnings: list[str]) -> dict[st
     ]) + "\n"  # fmt: skip
     check("systemd", read_ini(unit))
     return {f"{subject.name}.ini": preset, f"llama-server-{subject.name}.service": unit}
+
+
+def _mounted(path: Path) -> str:
+    """A path in a list of mounts: no variables there, but % and colons, and quotes around what holds spaces."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace(":", "\\:").replace("%", "%%")
+    return text if text == shlex.quote(text) else f'"{text}"'
 
 
 def _quoted(word: str) -> str:

@@ -16,9 +16,9 @@ MAX_DEPTH: Final = 256  # brackets in one another
 MAX_REPEATED: Final = 1000  # the sum of all counts
 MAX_NESTED: Final = 256  # the product of counts in one another, which the sampler's time grows with the square of
 _TOKEN: Final = re.compile(
-    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|\[(?:\\.|[^\]\\\n])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()]", re.DOTALL
+    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|\[(?:\\.|[^\]\\\n])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL
 )
-_PATTERN_TOKEN: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()]", re.DOTALL)
+_PATTERN_TOKEN: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL)
 _COUNTS: Final = ("minLength", "maxLength", "minItems", "maxItems")
 
 
@@ -35,11 +35,15 @@ def check_grammar(text: str) -> None:
 
 def _check_repeats(text: str, token: re.Pattern[str], what: str) -> None:
     """Nesting and counts of brackets. A group's own count is known only behind it, so that what a bracket holds is
-    kept until its end: the largest product of counts inside."""
+    kept until its end: the largest product of counts inside. `+` counts as two, since the library writes what it
+    repeats twice."""
     inside = [1.0]  # of each open bracket, and of the whole
-    group, total = 1.0, 0.0  # `group`: what the last closed bracket holds
+    total = 0.0
+    group, end = 1.0, -1  # what the last bracket held, and where it ended, spaces and comments behind it included
     for match in token.finditer(text):
         word = match[0]
+        behind = end >= 0 and not text[end : match.start()].strip()
+        repeated = group if behind else 1.0
         if word == "(":
             inside.append(1.0)
             if len(inside) > MAX_DEPTH:
@@ -47,14 +51,25 @@ def _check_repeats(text: str, token: re.Pattern[str], what: str) -> None:
         elif word == ")":
             group = inside.pop() if len(inside) > 1 else 1.0
             inside[-1] = max(inside[-1], group)
+            end = match.end()
+            continue
+        elif word == "+":
+            inside[-1] = max(inside[-1], _product(2.0, repeated, what))
         elif word.startswith("{"):
-            count = max((min(float(digits), MAX_REPEATED + 1) for digits in match.group(1, 3) if digits), default=1.0)
-            of_group = text[max(match.start() - 16, 0) : match.start()].rstrip().endswith(")")
-            product = count * (group if of_group else 1)
-            total += product
-            if total > MAX_REPEATED or product > max(count, MAX_NESTED):
-                raise GrammarError(f"{what} repeats more than {MAX_REPEATED:,} times, or {MAX_NESTED} in one another")
-            inside[-1] = max(inside[-1], product)
+            least, most = (min(float(digits or 0), MAX_REPEATED + 1.0) for digits in match.group(1, 3))
+            if match[3] and least > most:
+                raise GrammarError(f"{what} repeats at least {match[1][:9]} and at most {match[3][:9]} times")
+            total += _product(max(least, most, 1.0), repeated, what)
+            if total > MAX_REPEATED:
+                raise GrammarError(f"{what} repeats more than {MAX_REPEATED:,} times")
+            inside[-1] = max(inside[-1], max(least, most, 1.0) * repeated)
+        end = match.end() if behind and word.startswith("#") else -1
+
+
+def _product(count: float, inner: float, what: str) -> float:
+    if inner > 1 and count * inner > MAX_NESTED:
+        raise GrammarError(f"{what} repeats more than {MAX_NESTED} times in one another")
+    return count * inner
 
 
 def check_schema(schema: Any) -> None:

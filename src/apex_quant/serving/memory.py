@@ -34,8 +34,8 @@ class MemoryQuestion:
 
 @dataclass(frozen=True, slots=True)
 class LibraryMemory:
-    """The library's answer, in MiB as its log prints them (to 0.01). `memory`: one entry for each cache, with kind,
-    mib, cells, layers, types and the parts; `compute` and `output` by buffer name."""
+    """The library's answer, in MiB as its log prints them (to 0.01). `memory`: one entry for each cache, with the keys
+    of kv_types.CacheSize; `compute` and `output` by buffer name."""
 
     memory: tuple[dict[str, Any], ...]
     compute: dict[str, float]

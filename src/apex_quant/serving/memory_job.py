@@ -13,6 +13,7 @@ import threading
 from typing import Any, Final
 
 from apex_quant.errors import InputError, ResourceError
+from apex_quant.evaluation.kv_types import cache_size
 from apex_quant.gguf.types import TYPES
 from apex_quant.native import ggml
 from apex_quant.native.bindings import bindings
@@ -22,10 +23,6 @@ from apex_quant.runtime.buffers import override_table
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}  # LLAMA_FLASH_ATTN_TYPE_...
 _COMPUTE: Final = re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")
 _OUTPUT: Final = re.compile(r"(\S+) +output buffer size = +([\d.]+) MiB")
-_SIZE: Final = re.compile(
-    r"(llama_kv_cache|llama_memory_recurrent)\w*: size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers.*?\), "
-    r"[KR] \((\w+)\): +([\d.]+) MiB, [VS] \((\w+)\): +([\d.]+) MiB"
-)
 
 
 def measure(payload: Json, emit: Emit, stop: threading.Event, fds: list[int]) -> Json:
@@ -86,12 +83,8 @@ def _context(lib: Any, model: Any, wanted: Json, lines: list[str]) -> Json:
     return {
         "compute": {name: float(size) for name, size in _COMPUTE.findall(text)},
         "output": {name: float(size) for name, size in _OUTPUT.findall(text)},
-        "memory": [
-            {"kind": kind, "mib": float(size), "cells": int(cells), "layers": int(layers),
-             "type_k": k, "k_mib": float(k_mib), "type_v": v, "v_mib": float(v_mib)}
-            for kind, size, cells, layers, k, k_mib, v, v_mib in _SIZE.findall(text)
-        ],
-    }  # fmt: skip
+        "memory": [size._asdict() for size in map(cache_size, lines) if size],
+    }
 
 
 def _last(lines: list[str]) -> str:

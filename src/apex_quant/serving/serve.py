@@ -16,12 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import numpy as np
+
 from apex_quant.doctor import main_memory
 from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.evaluation.kv_types import Pair, parse_pair, require_offered, server_types
 from apex_quant.evaluation.programs import Log, Program, clean_environment, said
 from apex_quant.evaluation.server import Found, find_server
-from apex_quant.gguf import open_model
+from apex_quant.gguf import GGUFModel, open_model
 from apex_quant.model.facts import facts
 from apex_quant.recipe.tiers import find_tier, tier_names
 from apex_quant.serving import backend
@@ -149,10 +151,11 @@ def plan_service(
             f"main memory for earlier prompts: {cached / MIB:,.0f} MiB, and {checkpoints} checkpoints of states"
         )
     with open_model(best.path) as model:
-        trained, sampling = facts(model).context_length, sampling_defaults(model)
+        odd: list[str] = []
+        trained, sampling = facts(model).context_length, sampling_defaults(model, odd)
     if sampling:
         reasons.append("sampling defaults of the model: " + ", ".join(f"{k} {v:g}" for k, v in sampling.items()))
-    warnings = list(answer.warnings)
+    warnings = [*answer.warnings, *odd]
     if trained and answer.ctx > trained:
         warnings.append(f"{best.name} was trained on {trained} tokens")
     if parallel and together != parallel:
@@ -223,18 +226,28 @@ def _beside(best: Option, ram: int | None, parallel: int) -> tuple[int, int]:
     return min(left // 2 // MIB * MIB, _MOST_CACHED), checkpoints
 
 
-SAMPLING: Final = {"temp": "temp", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p",
-                   "penalty_repeat": "repeat-penalty"}  # fmt: skip
-"""general.sampling.* keys of a GGUF -> llama-server's options, as its own model loader reads them."""
+SAMPLING: Final = {
+    "temp": ("temp", 0.0, 2.0), "top_k": ("top-k", 0.0, 1e6), "top_p": ("top-p", 0.0, 1.0),
+    "min_p": ("min-p", 0.0, 1.0), "penalty_repeat": ("repeat-penalty", 0.0, 10.0),
+}  # fmt: skip
+"""general.sampling.* keys of a GGUF -> llama-server's options, as its own model loader reads them, with the least and
+the most that makes sense."""
 
 
-def sampling_defaults(model: Any) -> dict[str, float]:
-    """The model maker's own sampling defaults, by llama-server's option names; empty where the file has none."""
+def sampling_defaults(model: GGUFModel, warnings: list[str] | None = None) -> dict[str, float]:
+    """The model maker's own sampling defaults, by llama-server's option names; empty where the file has none. Values
+    that make no sense are left out and named in `warnings`."""
     found = {}
-    for key, option in SAMPLING.items():
+    for key, (option, least, most) in SAMPLING.items():
         value = model.get(f"general.sampling.{key}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[option] = float(value)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            if warnings is not None:
+                warnings.append(f"general.sampling.{key} of the file is left out: {str(value)[:40]!r} makes no sense")
+            continue
+        # metadata are float32: 0.6, not 0.6000000238418579
+        found[option] = float(str(np.float32(value)))
     return found
 
 
