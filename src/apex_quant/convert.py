@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from apex_quant.checkpoint import OUTTYPES, READ_METHODS, Checkpoint, describe
+from apex_quant import hub
+from apex_quant.checkpoint import OUTTYPES, READ_METHODS, Checkpoint, architectures, describe, read_json
 from apex_quant.converter_python import HIDDEN, ConverterPython, find_python
 from apex_quant.converter_source import Converter, find_converter
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf import AtomicFile, open_model
-from apex_quant.hub import HUB_ID
 
 __all__ = ["Checkpoint", "Conversion", "ConvertProgress", "convert", "describe"]
 
@@ -106,14 +106,14 @@ def convert(
         raise UsageError(f"--pre {pre!r} is no name of a splitting rule such as qwen35 or llama-bpe")
     if out is not None:
         _check_target(Path(out), force)
-    is_local = Path(source).exists() or not HUB_ID.fullmatch(str(source))
+    is_local = Path(source).exists() or not hub.HUB_ID.fullmatch(str(source))
     if is_local and revision is not None:
         raise UsageError("--revision concerns a download, and the source is a directory")
     found = describe(source) if is_local else None  # a wrong directory is said before needs are
     interpreter = find_python(python)
     converter = find_converter(say=say)
     if found is None:
-        found = _downloaded(str(source), revision)
+        found = _downloaded(str(source), revision, converter, mmproj=mmproj)
         name = name or str(source).rpartition("/")[2].replace("-", " ")
     check(found, converter, mmproj=mmproj)
     target = Path(out) if out is not None else _default_name(found, source, outtype, mmproj)
@@ -316,10 +316,11 @@ def _lines(stream: IO[bytes]) -> Iterator[str]:
         yield rest.decode("utf-8", "replace").rstrip()
 
 
-def _downloaded(repo: str, revision: str | None) -> Checkpoint:
-    from apex_quant import hub
-
-    return describe(hub.download(repo, revision=revision))
+def _downloaded(repo: str, revision: str | None, converter: Converter, *, mmproj: bool) -> Checkpoint:
+    """A repository's checkpoint. InputError, before the weights, for an architecture that is not converted."""
+    folder = hub.download(repo, revision=revision, patterns=("config.json",))
+    check_architecture(repo, architectures(read_json(folder / "config.json")), converter, mmproj=mmproj)
+    return describe(hub.download(repo, revision=folder.name))  # the commit
 
 
 def _default_name(checkpoint: Checkpoint, source: str | Path, outtype: str, mmproj: bool) -> Path:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from apex_quant import convert as module
+from apex_quant import hub
 from apex_quant.cache import cache_folder
 from apex_quant.checkpoint import describe
 from apex_quant.cli.convert import convert as command
@@ -143,17 +144,23 @@ def test_methods_that_the_pinned_converter_does_not_read(checkpoint: Path) -> No
 
 
 def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from apex_quant import hub
+    """Its configuration first: no weight of what the converter does not know, and all of one commit."""
+    asked: list[tuple[str, str | None, tuple[str, ...] | None]] = []
+    commit = checkpoint.rename(checkpoint.with_name("c0ffee"))
 
-    asked: list[tuple[str, str | None]] = []
-
-    def download(repo: str, *, revision: str | None = None) -> Path:
-        asked.append((repo, revision))
-        return checkpoint
+    def download(repo: str, *, revision: str | None = None, patterns: tuple[str, ...] | None = None) -> Path:
+        asked.append((repo, revision, patterns))
+        return commit
 
     monkeypatch.setattr(hub, "download", download)
     assert convert("org/Name-1B", revision="v1").path.name == "Name-1B-BF16.gguf"
-    assert asked == [("org/Name-1B", "v1")]
+    assert asked == [("org/Name-1B", "v1", ("config.json",)), ("org/Name-1B", "c0ffee", None)]
+    asked.clear()
+    config = json.loads((commit / "config.json").read_text())
+    (commit / "config.json").write_text(json.dumps({**config, "architectures": ["OtherForCausalLM"]}))
+    with pytest.raises(InputError, match=r"org/Name-1B: .* does not convert OtherForCausalLM"):
+        convert("org/Name-1B")
+    assert len(asked) == 1
 
 
 def test_missing_needs_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
