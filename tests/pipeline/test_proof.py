@@ -109,14 +109,19 @@ def test_a_killed_child_is_no_verdict(again: Path, monkeypatch: pytest.MonkeyPat
     assert made.files[0].verified
 
 
-def test_a_file_that_the_library_refuses_is_quarantined(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("ended", "number"), [("exit status 1", None), ("signal SIGABRT", signal.SIGABRT)])
+def test_a_file_that_the_library_refuses_is_quarantined(
+    again: Path, monkeypatch: pytest.MonkeyPatch, ended: str, number: int | None
+) -> None:
+    """Whether it says so or fails an assertion."""
+
     def refused(*_: object) -> None:
-        raise NativeError("the process that was generating ended with exit status 1")
+        raise NativeError(f"the process that was generating ended with {ended}", signal=number)
 
     monkeypatch.setattr(jobs, "generate", refused)
     made = small_run(again, tiers=["quality"], verify={"generate": 7}, **phases("verify"))
     assert [one.quarantined for one in made.quarantined] == [
-        "llama.cpp cannot run it: the process that was generating ended with exit status 1"
+        f"llama.cpp cannot run it: the process that was generating ended with {ended}"
     ]
 
 

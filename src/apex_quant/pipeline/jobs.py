@@ -5,6 +5,7 @@ What they are told is plain data; what they make lies in files on the shared dis
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ EVALUATE: Final = "apex_quant.pipeline.jobs:evaluate_file"
 def verify_file(payload: Json, threads: int | None, emit: Notify) -> Json:
     """{"problems", "facts"} of a file: structure, hashes, values, tensors encoded again from `source`, and its text
     beside `expected` (empty: none is generated). Raises what verify() raises for the source, and NativeError when a
-    signal ended the process that ran it."""
+    signal other than a failed assertion's ended the process that ran it."""
     problems, facts = _checked(payload, _most(payload["options"]["threads"], threads), emit)
     if payload["generate"] and not problems:
         wrong, written = _written(payload, threads)
@@ -54,8 +55,8 @@ def _written(payload: Json, threads: int | None) -> tuple[list[str], Sequence[di
     try:
         written = generate(Path(payload["path"]), payload["prompts"], payload["generate"], options)
     except (InputError, NativeError) as error:  # it is this file that llama.cpp cannot run: the source it could
-        if isinstance(error, NativeError) and error.signal is not None:
-            raise  # memory ran out, somebody killed it, the library aborted on this machine: not known to be the file
+        if isinstance(error, NativeError) and error.signal not in (None, signal.SIGABRT):
+            raise  # memory ran out, somebody killed it, this machine: only an assertion (SIGABRT) speaks of the file
         return [f"llama.cpp cannot run it: {error.message}"], []
     return judge(written, payload["expected"]), written
 
