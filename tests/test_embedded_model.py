@@ -23,6 +23,8 @@ TEXT = "The city lies on the river. In the morning the old man went down to the 
 GENERATE = """
 import json, sys
 import numpy as np
+from apex_quant.native.bindings import bindings
+bindings()  # its defaults for this machine (decision 7)
 from llama_cpp import Llama
 llm = Llama(sys.argv[1], n_ctx=256, n_threads=2, seed=1, verbose=False, logits_all=True)
 out = llm.create_completion(sys.argv[2], max_tokens=24, temperature=0.0)
