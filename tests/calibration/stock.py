@@ -14,6 +14,7 @@ from typing import Any
 
 from apex_quant import embedded_model
 from apex_quant.importance import Importance
+from tests.helpers.stock import plain
 
 HERE = Path(__file__).parent
 TEXT = HERE / "golden.txt"
@@ -38,7 +39,7 @@ def llama_imatrix(
     """Run stock's tool with chunks of 512 tokens, `sequences` of them together."""
     arguments = {"-m": model, "-f": text, "-o": out, "--chunks": chunks, "-b": CTX * sequences, "-t": threads}
     words = [str(word) for pair in arguments.items() for word in pair]
-    subprocess.run([str(tools / "llama-imatrix"), *words, "--no-ppl"], check=True, capture_output=True)
+    subprocess.run([str(tools / "llama-imatrix"), *words, "--no-ppl", *plain()], check=True, capture_output=True)
 
 
 def summary(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from apex_quant.evaluation.taskfiles import (
     pack_winogrande,
 )
 from tests.calibration.stock import model_of
+from tests.helpers.stock import plain
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -133,7 +134,7 @@ def llama_perplexity(tools: Path, model: Path, kind: str, file: Path, count: int
     sequences, ctx = ROOM[kind]
     room = ["-np", str(sequences), "-c", str(ctx), "-t", "1"]
     words = [str(tools / "llama-perplexity"), "-m", str(model), flag, file_flag, str(file), tasks_flag, str(count)]
-    done = subprocess.run([*words, *room], check=True, capture_output=True, text=True)
+    done = subprocess.run([*words, *room, *plain()], check=True, capture_output=True, text=True)
     return [line.split() for line in done.stdout.splitlines() if re.match(r"\d+\t", line)]
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from apex_quant import embedded_model, quantize
 from apex_quant.doctor import doctor
-from apex_quant.native.library import compiled_with_amx
 from tests.calibration.stock import TEXT, model_of
+from tests.helpers.stock import plain
 
 GOLDEN = Path(__file__).parent / "tokens.json"
 RUNS: dict[str, tuple[int, int]] = {"moe": (128, 20), "dense": (128, 4), "long": (1024, 2)}  # context, chunks
@@ -49,8 +49,7 @@ def small_file(folder: Path) -> Path:
 
 def llama_perplexity(tools: Path, model: Path, *options: object, threads: int = 1) -> str:
     """What stock's tool prints."""
-    plain = ["--no-repack"] if compiled_with_amx() else []  # as everything here (decision 7)
-    words = [str(tools / "llama-perplexity"), "-m", str(model), "-t", str(threads), *plain, *map(str, options)]
+    words = [str(tools / "llama-perplexity"), "-m", str(model), "-t", str(threads), *plain(), *map(str, options)]
     done = subprocess.run(words, check=True, capture_output=True)
     return (done.stdout + done.stderr).decode("utf-8", "replace")
 

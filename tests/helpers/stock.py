@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import Any
 
 
+def plain() -> list[str]:
+    """What llama.cpp's tools, linked with the installed library, need on this machine (docs/decisions/0007-amx.md)."""
+    from apex_quant.native.library import compiled_with_amx  # not above: as a script this file is timed
+
+    return ["--no-repack"] if compiled_with_amx() else []
+
+
 class StockError(Exception):
     """llama_model_quantize refused or died; the message holds its log."""
 

@@ -261,6 +261,7 @@ def test_labels_are_unique_and_short(names: list[str]) -> None:
     ("names", "labels"),
     [
         (["M-7B-APEX-I-Quality.gguf", "M-7B-APEX-Mini.gguf"], ["I-Quality", "Mini"]),
+        (["M-7B-APEX-I-Quality.gguf", "M-7B-APEX-I-Compact.gguf"], ["I-Quality", "I-Compact"]),
         (["M-7B-APEX-I-Quality.gguf"], ["I-Quality"]),
         (["M-7B-Q4_K_M.gguf"], ["Q4_K_M"]),
         (["M.gguf", "M-Q4_0.gguf", "M-Q8_0.gguf"], ["M", "Q4_0", "Q8_0"]),

@@ -53,6 +53,8 @@ def _without_prefix(stems: list[str]) -> list[str]:
     shared = 0
     while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
         shared += 1
+        if parts[0][shared - 1] == "APEX-":
+            break  # what follows is a tier's name, whole: I-Quality and I-Compact
     rests = ["".join(part[shared:]) for part in parts]
     # a model's own name among its quantizations ("MODEL" and "MODEL-Q4_K_M") keeps only what follows it
     whole = min(stems, key=len)

@@ -125,7 +125,10 @@ def model_name(gathered: Gathered) -> str:
     shared = 0
     while names and all(len(name) > shared and name[shared] == names[0][shared] for name in names):
         shared += 1
-    return re.sub(r"(?:[-_. ]APEX)?[-_. ][^-_. ]*$", "", names[0][:shared]) if names else ""
+    begin = names[0][:shared] if names else ""
+    # MODEL-APEX-I-Quality and MODEL-APEX-I-Compact begin alike beyond the model's name
+    ours = re.match(r"(.+?)[-_. ]APEX-", begin)
+    return ours[1] if ours else re.sub(r"(?:[-_. ]APEX)?[-_. ][^-_. ]*$", "", begin)
 
 
 def command(words: list[str]) -> str:
