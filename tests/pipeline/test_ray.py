@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError
+from apex_quant.evaluation.state import locked
 from apex_quant.native import Job
 from apex_quant.pipeline import cluster as cluster_module
 from apex_quant.pipeline import cluster_round
@@ -257,32 +259,40 @@ def when(condition: Callable[[Any], bool], act: Callable[[], None]) -> Callable[
 
 
 @pytest.mark.slow
-def test_a_lost_machine(machines: Any, finished: Path, tmp_path: Path) -> None:
+def test_a_lost_machine(machines: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One goes while it encodes, its successor while it evaluates: the files are the same."""
     fresh(finished, tmp_path)
     notes: list[str] = []
+    held = ExitStack()  # the results of both files, which no machine can write meanwhile
+    sent: list[str] = []
+    send = cluster_round.Round._sent
 
     def lose() -> None:
         machines.remove_node(other_node(machines), allow_graceful=False)
 
-    def lose_soon() -> None:
-        watcher.append(threading.Thread(target=lose_at_work))
-        watcher[0].start()
+    def hold() -> None:
+        for tier in ("Quality", "I-Compact"):
+            held.enter_context(locked(tmp_path / f"work/release/results/Small-APEX-{tier}.json"))
 
-    def lose_at_work() -> None:
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "work/release/results").glob("*.evaluation.partial")):  # the locks of both
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.02)
-        time.sleep(0.3)
-        lose()
+    def send_and_lose(self: cluster_round.Round, job: Job, node: cluster_round.Node) -> Any:
+        if not job.step.startswith("evaluating "):
+            return send(self, job, node)
+        if not sent:
+            hold()
+        sent.append(job.step)
+        stream = send(self, job, node)
+        if len(sent) == 2:
+            deadline = time.monotonic() + 20
+            while len(at_work("ray::evaluating ")) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            lose()
+        return stream
 
-    watcher: list[threading.Thread] = []
+    monkeypatch.setattr(cluster_round.Round, "_sent", send_and_lose)
     listeners = [
         when(lambda event: type(event).__name__ == "JobProgress" and event.phase == "encode" and event.work > 0, lose),
         when(lambda event: starts(event, "verify"), lambda: machines.add_node(num_cpus=1)),
-        when(lambda event: starts(event, "evaluate"), lose_soon),
+        when(lambda event: tells(event, "evaluating "), held.close),
     ]
 
     def listen(event: Any) -> None:
@@ -294,8 +304,7 @@ def test_a_lost_machine(machines: Any, finished: Path, tmp_path: Path) -> None:
     try:
         small_run(tmp_path, ray=machines.address, progress=listen)
     finally:
-        for one in watcher:
-            one.join()
+        held.close()
         while len(machines.worker_nodes) < 1:
             machines.add_node(num_cpus=1)
     assert contents(tmp_path / "work") == contents(finished / "work")
@@ -303,7 +312,25 @@ def test_a_lost_machine(machines: Any, finished: Path, tmp_path: Path) -> None:
     lost = [note for note in notes if ": lost on machine " in note]
     assert any(note.startswith("ray: encoding ") for note in lost), notes
     assert any(note.startswith("ray: evaluating ") for note in lost), notes
+    assert len(sent) == 3, sent
     assert not list((tmp_path / "work").rglob("*.partial"))
+
+
+def at_work(title: str) -> list[int]:
+    """The processes that call themselves so, as Ray's do by what they run."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if file.read_bytes().startswith(title.encode()):
+                found.append(int(file.parent.name))
+    return found
+
+
+def tells(event: Any, job: str) -> bool:
+    """Whether a job of that name was lost."""
+    if not isinstance(event, PhaseEvent) or event.kind != "note":
+        return False
+    return re.match(f"{job}.*: lost on machine ", event.text) is not None
 
 
 def starts(event: Any, phase: str) -> bool:
