@@ -322,3 +322,25 @@ def test_files_that_are_gone_in_the_end_count(facts: SourceFacts) -> None:
     assert after is not None
     assert after[0] > before[0]
     assert after[1] == before[1]
+
+
+def test_measuring_for_sizes(facts: SourceFacts) -> None:
+    """Measured once for all sizes, with a Q8_0 file that goes again; a given measurement leaves the candidates."""
+    given = config(sizes=["12MB", "20MB"], phases={"only": ["recipes"]})
+    known = source_facts(given)
+    assert known.layers == 12
+    (found,) = estimate(given, known, cpus=2)
+    first, second = (found.items[name] for name in ("12MB", "20MB"))
+    assert first is not None
+    assert second is not None
+    assert first > 2 * second > 2
+    done = config(sizes=["12MB", "20MB"], optimize={"sensitivity": "s.json"})
+    work = WORK["recipes"](done, known, 2)
+    assert work is not None
+    assert work.seconds["12MB"] == work.seconds["20MB"] == second
+    assert work.scratch == {"12MB": 3 * 12_000_000, "20MB": 3 * 20_000_000}
+    large = replace(known, model=1 << 30)
+    (found,) = estimate(given, large, due={"recipes": ["12MB"]})
+    assert found.scratch == (1 << 30) * 17 // 32
+    (found,) = estimate(given, large, due={"recipes": ["i-mini"]})
+    assert found.scratch == 0

@@ -109,7 +109,7 @@ def _estimated(
         basis=work.basis + why,
         items=items,
         temporary=work.temporary,
-        scratch=work.scratch,
+        scratch=max(of_due(work.scratch).values(), default=0),
     )
 
 

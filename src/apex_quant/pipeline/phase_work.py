@@ -14,7 +14,7 @@ from typing import Final, Literal
 from apex_quant.calibration.calibrate import COVER_LIMIT
 from apex_quant.evaluation.schema import TASKS
 from apex_quant.pipeline.config import RunConfig
-from apex_quant.pipeline.source_facts import SourceFacts
+from apex_quant.pipeline.source_facts import TYPICAL, SourceFacts
 
 PROJECTOR: Final = "mmproj"  # the item of `convert` beside the model
 # --- rates ---
@@ -44,8 +44,10 @@ _HARNESS: Final = {"gsm8k": (1319, 250, 1), "mmlu_pro": (12032, 400, 14), "ifeva
                    "humaneval": (164, 300, 1), "mbpp": (500, 200, 1)}  # fmt: skip
 _EXAMPLES: Final = 1000  # tokens of a question with its solved examples
 _ALL_QUESTIONS: Final = 10_000
-_PROBES: Final = 60  # groups of tensors disturbed one after the other
-_PROBE_TOKENS: Final = 8192
+_PROBE_TOKENS: Final = 4096  # read with each disturbed model
+_PROBES: Final = 15  # of each layer: benchmarks/RESULTS.md, 14.1 and 15.1 on two models
+_PROBES_ENCODED: Final = 14  # times the whole model is encoded for them: joint probes, and each tensor in its types
+_CANDIDATES: Final = 3  # recipes of a size that are encoded and measured before one is chosen
 _DOMAINS: Final = 5  # texts of the held-out text
 _PLANNING: Final = 0.5  # seconds for a plan
 _REPORT_BYTES: Final = 20 << 20
@@ -57,8 +59,9 @@ Kind = Literal["encode", "tokens", "network", "disk", "little"]
 @dataclass(frozen=True)
 class Work:
     """What a phase has to do. `disk`: bytes written in WORK by item, `cached`: bytes that come to the hub's cache,
-    `scratch`: bytes of files that are gone when it ends; `seconds` by item, of all processors together, None where
-    nothing tells; `kind`: what those are spent with; `temporary`: a later phase deletes what was written."""
+    `scratch`: bytes of files that are gone when the item is done; `seconds` by item, of all processors together,
+    None where nothing tells; `kind`: what those are spent with; `temporary`: a later phase deletes what was
+    written."""
 
     disk: Mapping[str, int | None]
     memory: int
@@ -67,7 +70,7 @@ class Work:
     basis: str
     temporary: bool = False
     cached: Mapping[str, int | None] = field(default_factory=dict)
-    scratch: int = 0
+    scratch: Mapping[str, int] = field(default_factory=dict)
 
 
 # --- phases ---
@@ -117,12 +120,24 @@ def _calibrate(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None
 
 
 def _recipes(config: RunConfig, facts: SourceFacts, cores: int) -> Work:
-    if not config.sizes or config.optimize.sensitivity != "measure":
+    if not config.sizes:
         return Work({}, 256 << 20, dict.fromkeys(facts.outputs, _PLANNING), "little", "plans from the header")
-    tokens = (config.optimize.tokens or _PROBE_TOKENS) * _PROBES
-    each = _reading(tokens, facts, cores)
-    times = {name: _PLANNING if name in config.wanted_tiers else each for name in facts.outputs}
-    return _forward(config, facts, {}, times, tokens, facts.model)
+    text, whole = config.optimize.tokens or _PROBE_TOKENS, (facts.weights or 0) / 1e6 * TYPICAL / cores
+    tokens = text * _PROBES * facts.layers
+    times: dict[str, float | None] = dict.fromkeys(facts.outputs, _PLANNING)
+    measured, sizes = (
+        config.optimize.sensitivity != "measure",
+        [name for name in facts.outputs if name not in config.wanted_tiers],
+    )
+    for name in sizes:
+        read, candidate = _reading(0 if measured else tokens, facts, cores), _reading(text_tokens(config), facts, cores)
+        encoded = whole * (_CANDIDATES + (0 if measured else _PROBES_ENCODED))
+        times[name] = None if read is None or candidate is None else read + _CANDIDATES * candidate + encoded
+        measured = True  # once for all sizes
+    # the Q8_0 file that tells what rounding of activations costs, then the candidates; both go
+    uniform = _uniform(facts) if config.optimize.sensitivity == "measure" else 0
+    scratch = {name: max(uniform, _CANDIDATES * (facts.outputs[name] or 0)) for name in sizes}
+    return replace(_forward(config, facts, {}, times, tokens, facts.model), scratch=scratch)
 
 
 def _quantize(config: RunConfig, facts: SourceFacts, cores: int) -> Work:
@@ -155,7 +170,7 @@ def _evaluate(config: RunConfig, facts: SourceFacts, cores: int) -> Work | None:
     seconds = {name: _evaluation(config, size, facts, cores) for name, size in facts.outputs.items()}
     disk = dict.fromkeys(facts.outputs, _results(config))
     # a uniform Q8_0 of the whole model is made for the floor, and deleted
-    scratch = (facts.model or 0) * 17 // 32 if config.evaluate.floor else 0
+    scratch = dict.fromkeys(facts.outputs, _uniform(facts)) if config.evaluate.floor else {}
     made = _forward(config, facts, disk, seconds, text_tokens(config), _largest(facts.outputs))
     return replace(made, scratch=scratch)
 
@@ -255,6 +270,11 @@ def _evaluation(config: RunConfig, size: int | None, facts: SourceFacts, cores: 
 def _results(config: RunConfig) -> int:
     """Bytes of results.json and the numbers per token."""
     return 200_000 + 40 * text_tokens(config) // 2
+
+
+def _uniform(facts: SourceFacts) -> int:
+    """Bytes of a uniform Q8_0 file of a model of 16 bits."""
+    return (facts.model or 0) * 17 // 32
 
 
 def _largest(sizes: Mapping[str, int | None]) -> int:

@@ -43,7 +43,8 @@ def needs(context: Context, phase: Phase, items: Sequence[Item], facts: SourceFa
     if work is None:
         return []
     sizes = [(work.disk.get(item.name) or 0) - _there(context, phase, item) for item in items]
-    return [Need(context.work, sum(max(0, size) for size in sizes) + work.scratch)]
+    scratch = max((work.scratch.get(item.name, 0) for item in items), default=0)
+    return [Need(context.work, sum(max(0, size) for size in sizes) + scratch)]
 
 
 def _there(context: Context, phase: Phase, item: Item) -> int:

@@ -37,7 +37,7 @@ ENCODED: Final = {
 """Million weights encoded per second of one processor, with importance: benchmarks/rates.py."""
 _ENCODED_OTHER: Final = 4.0
 # processor seconds for a million weights of a tier, where no plan tells which types it has: the mean over such a plan
-_TYPICAL: Final = 0.2
+TYPICAL: Final = 0.2
 _ACTIVE_SHARE: Final = 0.1  # of a MoE's weights, where the header is not there: 3e9 of 30e9
 
 
@@ -54,6 +54,7 @@ class SourceFacts:
     model: int | None = None
     weights: int | None = None
     active: int | None = None
+    layers: int = 40
     embedding: int = 4096
     vocabulary: int = 150_000
     imatrix: int = 0
@@ -90,7 +91,7 @@ def of_gguf(config: RunConfig, model: GGUFModel) -> SourceFacts:
     seen: set[tuple[str, str, bool]] = set()
     for one in wanted(config):
         if one.asked is None:
-            outputs[one.name], encode[one.name] = one.size, weights / 1e6 * _TYPICAL
+            outputs[one.name], encode[one.name] = one.size, weights / 1e6 * TYPICAL
             continue
         made = plan(model, one.asked, options=plan_options(config))
         outputs[one.name], encode[one.name] = made.total_bytes, _encoding(made, one.weighted, seen)
@@ -102,6 +103,7 @@ def of_gguf(config: RunConfig, model: GGUFModel) -> SourceFacts:
         model=sum(Path(file.path).stat().st_size for file in model.files),
         weights=weights,
         active=int((active.always + active.experts) * weights / max(1, stored)),
+        layers=known.block_count,
         embedding=known.n_embd,
         vocabulary=vocabulary.shape[-1] if vocabulary is not None else 150_000,
         # squares and sums of each input channel, for every expert
@@ -135,7 +137,7 @@ def _of_weights(
     for one in wanted(config):
         bpw = BPW.get(one.name.removeprefix("i-"))
         outputs[one.name] = one.size or (int(weights * bpw / 8) if bpw else None)
-        encode[one.name] = weights / 1e6 * _TYPICAL
+        encode[one.name] = weights / 1e6 * TYPICAL
     return SourceFacts(
         kind,
         basis=basis,
@@ -158,7 +160,11 @@ def of_checkpoint(config: RunConfig, folder: Path) -> SourceFacts:
     basis, is_moe = "the checkpoint's headers", found.experts > 1
     made = _of_weights(config, "checkpoint", found.parameters, model, 0, is_moe=is_moe, basis=basis)
     beside = found.vision or found.audio
-    return replace(made, projector=found.estimate(config.convert.outtype, mmproj=True) if beside else 0)
+    return replace(
+        made,
+        layers=found.layers or made.layers,
+        projector=found.estimate(config.convert.outtype, mmproj=True) if beside else 0,
+    )
 
 
 def _of_hub(config: RunConfig, notes: list[str], *, online: bool) -> SourceFacts:
