@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 from apex_quant import hub
 from apex_quant.checkpoint import describe, read_json, text_config
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
+from apex_quant.gguf import write_file
 from apex_quant.gguf.types import GGMLType, ggml_type
 from apex_quant.model import ModelFacts, Role, TensorRole, zone_rule
 from apex_quant.other_python import code_command, file_command
@@ -161,9 +162,7 @@ def convert_mlx(
     files = [target.with_name(target.name + suffix) for suffix in (".mlx.json", ".mlx.py")]
     target.parent.mkdir(parents=True, exist_ok=True)
     for file, text in zip(files, (json.dumps(table, indent=1) + "\n", program(table)), strict=True):
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        write_file(file, text)
     warnings = list(checkpoint.warnings)
     low = find_tier(tier)
     if low is not None and any(ggml_type(t).bpw < 2 for t in vars(low.routed).values()):

@@ -12,11 +12,10 @@ import pytest
 
 from apex_quant import calibrate, embedded_model, plan
 from apex_quant.calibration import calibrate as module
-from apex_quant.calibration import state
 from apex_quant.calibration.calibrate import CalibrationProgress
 from apex_quant.calibration.state import sums_path
 from apex_quant.errors import BusyError, NativeError
-from apex_quant.gguf import AtomicFile, layout, open_model
+from apex_quant.gguf import AtomicFile, atomic, layout, open_model
 from apex_quant.recipe.planned import PlanOptions
 from apex_quant.runtime.options import SessionOptions
 from tests.calibration.stock import TEXT
@@ -60,7 +59,7 @@ KILLED = """if True:
 
 
 def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(atomic, "BUSY_SECONDS", 0.0)
     out = tmp_path / "imatrix.gguf"
     refused: list[BusyError] = []
 
@@ -85,7 +84,7 @@ def test_what_another_run_finished_meanwhile_is_taken(tmp_path: Path, monkeypatc
         other.rename(out)
         lock.abandon()
 
-    monkeypatch.setattr("apex_quant.calibration.state.time.sleep", finish)
+    monkeypatch.setattr("apex_quant.gguf.atomic.time.sleep", finish)
     assert calibrate(embedded_model(), out, corpus=[TEXT], tokens=128, options=QUICK).unchanged
 
 
@@ -97,7 +96,7 @@ def test_child_of_a_killed_run_still_holds_the_file(tmp_path: Path, monkeypatch:
     child = int(done.stdout)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(state, "_BUSY_SECONDS", 0.2)
+            patched.setattr(atomic, "BUSY_SECONDS", 0.2)
             with pytest.raises(BusyError):
                 calibrate(embedded_model(), out, corpus=[TEXT], tokens=768, options=QUICK)
     finally:

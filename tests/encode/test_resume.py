@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from apex_quant import plan
-from apex_quant.encode import output
 from apex_quant.encode.journal import Journal
 from apex_quant.encode.quantize import quantize
 from apex_quant.errors import BusyError, InputError, ResourceError, UsageError
-from apex_quant.gguf import AtomicFile, open_model
+from apex_quant.gguf import AtomicFile, atomic, open_model
 from apex_quant.recipe.planned import Plan, PlanOptions
 from tests.helpers.cli import Ran, apex
 from tests.helpers.random_models import write_random_gguf
@@ -402,7 +401,7 @@ def test_shards_resume(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_busy(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(atomic, "BUSY_SECONDS", 0.0)
     target = tmp_path / "m.gguf"
     other = AtomicFile(target)
     try:
@@ -417,15 +416,15 @@ def test_busy(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_other_one_finishes_meanwhile(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While we wait for the lock the other run ends: its file is taken as it is, and not made a second time."""
     target = tmp_path / "m.gguf"
-    locked = output._locked
+    when_free = AtomicFile.when_free
     runs: list[Any] = []
 
-    def late(path: Path) -> AtomicFile:
-        monkeypatch.setattr(output, "_locked", locked)
+    def late(path: Path, *, resume: bool) -> AtomicFile:
+        monkeypatch.setattr(AtomicFile, "when_free", when_free)
         runs.append(quantize(bench.source, "Q8_0", out=target))
-        return locked(path)
+        return when_free(path, resume=resume)
 
-    monkeypatch.setattr(output, "_locked", late)
+    monkeypatch.setattr(AtomicFile, "when_free", late)
     second = quantize(bench.source, "Q8_0", out=target)
     assert second.outputs[0].unchanged
     assert second.outputs[0].sha256 == runs[0].outputs[0].sha256

@@ -18,7 +18,8 @@ from apex_quant.errors import BusyError, InputError, ResourceError, UsageError
 from apex_quant.evaluation import pertoken, results
 from apex_quant.evaluation.results import archive_path, find, load, merge, merge_files, save, summary, update
 from apex_quant.evaluation.schema import Divergence, PerToken, Results, Task, different_references
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf import atomic
+from apex_quant.gguf.atomic import AtomicFile
 from tests.evaluation.synthetic import base, kld_arrays, task_arrays, tokens, write
 
 PPL = {"value": 6.5, "error": 0.04, "n": 32768}
@@ -302,7 +303,7 @@ def test_several_processes_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(atomic, "BUSY_SECONDS", 0.0)
     path = write(tmp_path, "a")
     held = AtomicFile(path)
     with pytest.raises(BusyError, match="another process is writing it"):

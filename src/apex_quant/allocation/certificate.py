@@ -27,7 +27,7 @@ from apex_quant.errors import InputError
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.pertoken import read_bounded
 from apex_quant.gguf import TYPES
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import write_file
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import prior_of
 from apex_quant.native import library_info
@@ -149,14 +149,7 @@ def check(document: dict[str, Any]) -> dict[str, Any]:
 
 def save(document: dict[str, Any], path: Path) -> Path:
     """Write it, whole or not at all. Raises ResourceError."""
-    file = AtomicFile(path)
-    try:
-        file.pwrite(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n", 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
-    return path
+    return write_file(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.errors import InputError, ResourceError, UsageError, did_you_mean
 from apex_quant.evaluation.identity import identity, sampled
 from apex_quant.gguf import GGUFModel
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import AtomicFile
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import RULES, prior_of
 from apex_quant.recipe.metadata import display_name
@@ -96,17 +96,11 @@ def moved(path: Path, target: Path) -> Path:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise ResourceError(f"{target}: cannot be written: {error.strerror}") from None
-    file = AtomicFile(target)
-    try:
-        with path.open("rb") as source:
-            place = 0
-            while part := source.read(_COPY):
-                file.pwrite(part, place)
-                place += len(part)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
+    with AtomicFile(target) as file, path.open("rb") as source:
+        place = 0
+        while part := source.read(_COPY):
+            file.pwrite(part, place)
+            place += len(part)
     path.unlink()
     return target
 

@@ -37,12 +37,12 @@ from apex_quant.allocation.groups import (
 from apex_quant.allocation.journal import ROUNDING, is_of_another, read_journal
 from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.allocation.texts import read_texts
-from apex_quant.errors import BusyError, InputError, NativeError, ResourceError, UsageError, did_you_mean
+from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.reference import vocabulary_size
 from apex_quant.evaluation.steps import Batching
 from apex_quant.gguf import GGUFModel, ggml_type, open_model
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import locked
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import RULES, prior_of
 from apex_quant.model.facts import facts
@@ -154,7 +154,7 @@ def measure(
         if (found := _finished(out, spec, opened, force)) is not None:
             return found
         child = held.enter_context(Child(WORKER))
-        lock = held.enter_context(_locked(out))
+        lock = held.enter_context(locked(out, "measure", "measuring into it"))
         journal = out.with_name(out.name + ".probes")
         if resume and not read_journal(journal, spec)[0]:
             raise UsageError(
@@ -340,22 +340,3 @@ def _finished(out: Path, spec: str, model: GGUFModel, force: bool) -> Sensitivit
     if known is None or known.settings.get("spec") != spec:
         raise UsageError(f"{out} exists and was measured in another way", hint="--force replaces it")
     return known if known.settings.get("complete") else None
-
-
-class _locked:
-    """Hold the output for one run; the child holds the descriptor too. Raises BusyError."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> int:
-        try:
-            self.file = AtomicFile(self.out.with_name(self.out.name + ".measure"))  # never completed
-        except BusyError:
-            raise BusyError(
-                f"{self.out}: another process is measuring into it", hint="wait for it, or choose another -o"
-            ) from None
-        return self.file.fileno()
-
-    def __exit__(self, *error: object) -> None:
-        self.file.abandon()

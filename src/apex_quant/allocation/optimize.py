@@ -33,7 +33,7 @@ from apex_quant.encode.job import JobProgress
 from apex_quant.encode.quantize import quantize as quantize_
 from apex_quant.errors import UsageError
 from apex_quant.gguf import GGUFModel, open_model
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import write_file
 from apex_quant.importance import Importance
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.planned import PlanOptions
@@ -350,13 +350,7 @@ def _write(path: Path, chosen: Predicted) -> None:
     """The recipe, whole or not at all."""
     recipe = chosen.plan.recipe
     text = json.dumps(recipe.to_json(), indent=2) + "\n" if path.suffix == ".json" else recipe.text()
-    file = AtomicFile(path)
-    try:
-        file.pwrite(text.encode(), 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
+    write_file(path, text)
 
 
 __all__ = ["OptimizeProgress", "Optimized", "measured_twin", "optimize"]

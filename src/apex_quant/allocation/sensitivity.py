@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from apex_quant.errors import InputError
 from apex_quant.evaluation.pertoken import read_bounded
 from apex_quant.gguf import TYPES
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import write_file
 
 KINDS: Final = ("real", "noise", "estimated", "guessed", "unknown")
 SCHEMA: Final = "apex.sensitivity/1"
@@ -165,14 +165,7 @@ class Sensitivities(_Part):
 
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all. Raises ResourceError."""
-        file = AtomicFile(Path(path))
-        try:
-            file.pwrite(json.dumps(_rounded(self.to_json()), indent=1, allow_nan=False).encode() + b"\n", 0)
-            file.commit()
-        except BaseException:
-            file.abandon()
-            raise
-        return Path(path)
+        return write_file(path, json.dumps(_rounded(self.to_json()), indent=1, allow_nan=False) + "\n")
 
 
 def load(path: str | Path) -> Sensitivities:

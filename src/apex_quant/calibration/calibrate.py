@@ -19,7 +19,7 @@ import numpy as np
 
 from apex_quant.calibration.coverage import FLOOR, uncovered
 from apex_quant.calibration.observer import ImportanceObserver
-from apex_quant.calibration.state import State, load, locked, sums_path
+from apex_quant.calibration.state import State, locked, sums_path
 from apex_quant.calibration.texts import BUILTIN, read_texts
 from apex_quant.errors import NativeError, ResourceError, UsageError
 from apex_quant.gguf import GGUFModel, open_model
@@ -155,7 +155,7 @@ def calibrate(
         }
         step = f"calibrating {opened.path.name}"
         result = child.run(f"{COLLECTOR}:run", payload, on_event, step=step, pass_fds=[lock])
-        state = load(sums_path(out), spec)
+        state = State.load(sums_path(out), spec)
         if state is None or not state.finished:
             raise NativeError(f"{sums_path(out)}: the sums are gone or damaged", hint="calibrate again")
         about = {

@@ -17,7 +17,7 @@ import numpy as np
 
 from apex_quant.calibration.coverage import Cover, as_matrix, number_uncovered
 from apex_quant.calibration.observer import ImportanceObserver
-from apex_quant.calibration.state import Piece, State, load, save
+from apex_quant.calibration.state import Piece, State
 from apex_quant.errors import InputError
 from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
@@ -42,7 +42,7 @@ class Collector:
         self.floor: int = payload["floor"]
         self.cover_tokens: int = payload["cover_tokens"]
         self.save_seconds: float = payload["save_seconds"]
-        self.state = load(self.sums, payload["spec"]) or State(payload["spec"])
+        self.state = State.load(self.sums, payload["spec"]) or State(payload["spec"])
         self.observer.restore(self.state.arrays, self.state.shared)
         self.resumed = self.state.chunks
         self._asked_kinds: set[str] = set()
@@ -167,7 +167,7 @@ class Collector:
     def _save(self) -> None:
         self.state.shared = self.observer.shared
         self.state.arrays = {**self.observer.arrays(), **self._gained}
-        save(self.sums, self.state)
+        self.state.save(self.sums)
         self._saved_at = time.monotonic()
 
 

@@ -1,47 +1,26 @@
-"""Sums on disk while a calibration runs: one file beside the output, replaced whole, so that a kill costs minutes.
-
-The file is a NumPy archive with one JSON entry that says what it belongs to (`spec`: model, text and options) and how
-far it is. One that belongs to something else, or is broken, counts as none. A lock beside it lets one run at a time
-work on an output.
-"""
+"""Sums on disk while a calibration runs, and the lock of its output."""
 
 from __future__ import annotations
 
-import io
-import json
-import time
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from apex_quant.errors import BusyError
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf import atomic
+from apex_quant.runtime.kept import Kept
 
 Piece = list[Any]  # of text: [the text, whether marks such as <|im_start|> are tokens in it, its kind]
 
-_ABOUT = "about"
-# How long a new run waits for the child of a killed one to notice and end: it decodes the batch in hand first.
-_BUSY_SECONDS = 30.0
-
 
 @dataclass
-class State:
+class State(Kept):
     """How far a calibration is: `batches` of the text asked for, then `draws` of further text by kind."""
 
-    spec: str
     batches: int = 0
     draws: list[str] = field(default_factory=list)
     chunks: int = 0
-    finished: bool = False
     shared: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def sums_path(out: Path) -> Path:
@@ -49,51 +28,6 @@ def sums_path(out: Path) -> Path:
     return out.with_name(out.name + ".sums")
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Hold the output for one run; gives the lock's descriptor, with which a child holds it too. Death releases it.
-
-    Raises BusyError while another process calibrates into the same file.
-    """
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            lock = AtomicFile(out.with_name(out.name + ".calibration"))  # never completed: it has nothing in it
-            break
-        except BusyError:
-            if time.monotonic() >= deadline:
-                raise BusyError(
-                    f"{out}: another process is calibrating into it", hint="wait for it, or choose another -o"
-                ) from None
-            time.sleep(0.1)
-    try:
-        yield lock.fileno()
-    finally:
-        lock.abandon()
-
-
-def save(path: Path, state: State) -> None:
-    """Replace the file by this state. Raises ResourceError."""
-    about = {key: value for key, value in vars(state).items() if key != "arrays"}
-    buffer = io.BytesIO()
-    encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez(buffer, allow_pickle=False, **{_ABOUT: encoded}, **state.arrays)
-    file = AtomicFile(path)
-    try:
-        file.pwrite(buffer.getbuffer(), 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
-
-
-def load(path: Path, spec: str) -> State | None:
-    """The state of the calibration `spec`, or None."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-        about = json.loads(arrays.pop(_ABOUT).tobytes())
-        state = State(**about, arrays=arrays)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None
-    return state if state.spec == spec else None
+def locked(out: Path) -> AbstractContextManager[int]:
+    """Hold the output for one calibration (atomic.locked)."""
+    return atomic.locked(out, "calibration", "calibrating into it")

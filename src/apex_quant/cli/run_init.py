@@ -15,7 +15,7 @@ def write_config(path: str | Path = DEFAULT_NAME, *, source: str | None = None, 
     Raises UsageError when there is such a file and not `force`, or no such folder, ResourceError when the disk does
     not take it.
     """
-    from apex_quant.gguf import AtomicFile
+    from apex_quant.gguf import write_file
     from apex_quant.pipeline.describe import template
 
     path = Path(path)
@@ -25,12 +25,4 @@ def write_config(path: str | Path = DEFAULT_NAME, *, source: str | None = None, 
         raise UsageError(f"{path.parent}: no such folder")
     if path.exists() and not force:
         raise UsageError(f"{path} exists already", hint="--force replaces it")
-    partial = AtomicFile(path)
-    try:
-        partial.pwrite(template(source).encode(), 0)
-        partial.commit()
-    except BaseException:
-        if partial.is_open:
-            partial.abandon()
-        raise
-    return path
+    return write_file(path, template(source))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +16,13 @@ from typing import Any
 
 from apex_quant.encode.hashing import Extent, Section
 from apex_quant.encode.journal import Journal
-from apex_quant.errors import BusyError, InputError, UsageError
+from apex_quant.errors import InputError, UsageError
 from apex_quant.gguf import AtomicFile, Layout, shard_name
 from apex_quant.recipe.metadata import DATA_HASH, LIBRARY_COMMIT, RESERVED, SOURCE_HASH
 from apex_quant.recipe.planned import Plan
 
 _HASH_BLOCK = 8 << 20
 # How long a new run waits for the child of a killed one to notice and end: it finishes the rows in hand first.
-_BUSY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Output:
         Raises UsageError as `look`, BusyError when another process is writing this output.
         """
         for path in self.paths:
-            self.files.append(_locked(path))
+            self.files.append(AtomicFile.when_free(path, resume=True))
         self.look(force=force)  # whoever held the lock until now may have gone on, or finished
         renamed = [file.size == 0 and self._made_here(number) for number, file in enumerate(self.files)]
         whole = all(
@@ -170,7 +168,7 @@ class Output:
         if self.journal.shared:  # another machine may still write other bytes into the old file: let it
             for number, path in enumerate(self.paths):
                 self.files[number].abandon()
-                self.files[number] = _locked(path)
+                self.files[number] = AtomicFile.when_free(path, resume=True)
         self.journal.begin(self.spec, about | {"tier": self.plan.tier, "output": str(self.target)})
         for file, part in zip(self.files, self.layouts, strict=True):
             file.truncate(0)
@@ -251,17 +249,6 @@ def _hash_into(digest: Any, path: Path, start: int) -> None:
         file.seek(start)
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
-
-
-def _locked(path: Path) -> AtomicFile:
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            return AtomicFile(path, resume=True)
-        except BusyError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def content_hash(model_tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apex_quant.evaluation.choice import Prepared, needs, prepare, prepare_mc2, score_choices, score_mc2
-from apex_quant.evaluation.state import State, load, save
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.taskfiles import Form, Task
 from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
@@ -40,7 +40,7 @@ class _Job:
         self.form: Form = payload["form"]
         self.tasks = [Task.from_json(one) for one in payload["tasks"]]
         self.path, self.save_seconds = Path(payload["state"]), float(payload["save_seconds"])
-        self.state = load(self.path, payload["spec"]) or State(payload["spec"])
+        self.state = State.load(self.path, payload["spec"]) or State(payload["spec"])
         self.arrays: dict[str, list[Any]] = {
             name: list(self.state.arrays.get(name, ())) for name in ("choice", "correct", "logprob", "mc2")
         }
@@ -117,7 +117,7 @@ class _Job:
         if self.with_mc2:
             arrays |= {"mc2": np.array(self.arrays["mc2"], np.float32), "mc2_place": np.array(having, np.int32)}
         self.state.arrays = arrays
-        save(self.path, self.state)
+        self.state.save(self.path)
         self._saved_at = time.monotonic()
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from apex_quant.errors import NativeError, ResourceError, UsageError
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.selection import SEED, select
-from apex_quant.evaluation.state import State, load
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.statistics import mean_interval, wilson
 from apex_quant.evaluation.taskfiles import TaskFile, read_tasks
 from apex_quant.evaluation.taskhub import task_file
@@ -79,7 +79,7 @@ def evaluate_choices(
         chosen = options or SessionOptions()
         with open_model(model) as opened:
             spec = _spec(sampled(opened), asked, chosen)
-            state = load(out, spec)
+            state = State.load(out, spec)
             if state is None or not state.finished:
                 payload = {
                     **asked,
@@ -91,7 +91,7 @@ def evaluate_choices(
                 }
                 step = f"evaluating {opened.path.name} on {kind}"
                 child.run(f"{JOB}:run", payload, progress or (lambda _: None), step=step, pass_fds=pass_fds)
-                state = load(out, spec)
+                state = State.load(out, spec)
     if state is None or not state.finished or len(state.arrays["correct"]) != len(chosen_tasks):
         raise NativeError(f"{out}: the numbers are gone or damaged", hint="evaluate again")
     metric = {**_metric(state, found, path, seed), "spec": spec}

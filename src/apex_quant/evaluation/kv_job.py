@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError
-from apex_quant.evaluation import state
 from apex_quant.evaluation.kv_observe import AttentionTap, CacheTap, attention_error, rounding
 from apex_quant.evaluation.kv_types import CacheLog, Pair, confirm, read_log
 from apex_quant.evaluation.pertoken import hash_chunks
 from apex_quant.evaluation.record import Recorder
 from apex_quant.evaluation.reference import ApexReference
 from apex_quant.evaluation.scores import NotFinite, Scorer, scorer
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.steps import Batching, Plan, plan_texts
 from apex_quant.evaluation.stock_logits import StockLogits
 from apex_quant.evaluation.watch import watcher
@@ -190,16 +190,16 @@ class Job:
         """Measure one pair, or read what an earlier run measured; gives where the numbers are, or what went wrong."""
         path, spec = Path(f"{about['prefix']}-{row['id']}.state"), f"{about['spec']} {row['id']}"
         units = self._units(about, plan)
-        known = state.load(path, spec)
+        known = State.load(path, spec)
         if known is None or not known.finished:
-            known = state.State(spec, len(plan.tokens), True)
+            known = State(spec, finished=True, done=len(plan.tokens))
             try:
                 self._measure(row, plan, batching, base, full, known, units)
             except (ResourceError, NativeError) as error:
                 known.facts = {"problem": error.message}
                 known.arrays = {}
             else:
-                state.save(path, known)
+                known.save(path)
         else:
             self.resumed += units
         self.done += units
@@ -207,7 +207,7 @@ class Job:
         return {"id": row["id"], "state": str(path), "batching": vars(batching), **known.facts}
 
     def _measure(self, row: Json, plan: Plan, batching: Batching, base: ApexReference, full: Reference | None,
-                 known: state.State, units: int) -> None:  # fmt: skip
+                 known: State, units: int) -> None:  # fmt: skip
         asked, simulated = Pair(row["k"], row["v"]), bool(row["simulated"])
         pair, tap, flash = asked, None, None
         if simulated:

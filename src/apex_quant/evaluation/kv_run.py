@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError
-from apex_quant.evaluation import environment, pertoken, state
+from apex_quant.evaluation import environment, pertoken
 from apex_quant.evaluation.identity import identity, sampled
 from apex_quant.evaluation.kv_summary import Measured, assemble
 from apex_quant.evaluation.kv_types import Pair, bits_of
@@ -18,10 +18,11 @@ from apex_quant.evaluation.make_reference import make_reference
 from apex_quant.evaluation.reference import SCHEMA as REFERENCE_SCHEMA
 from apex_quant.evaluation.reference import describe, vocabulary_size
 from apex_quant.evaluation.speed import measure_speed
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.steps import Batching, Scored, first_scored
 from apex_quant.evaluation.texts import read_texts
 from apex_quant.evaluation.token_job import EvaluationProgress, Report
-from apex_quant.gguf import AtomicFile, GGUFModel
+from apex_quant.gguf import GGUFModel, write_file
 from apex_quant.model.facts import facts
 from apex_quant.native import Child, library_info
 from apex_quant.runtime.options import SessionOptions
@@ -184,7 +185,7 @@ class Run:
             if "problem" in row:
                 continue
             spec = next(one["spec"] for one in self.payload["contexts"] if one["ctx"] == context["ctx"])
-            known = state.load(Path(row["state"]), f"{spec} {row['id']}")
+            known = State.load(Path(row["state"]), f"{spec} {row['id']}")
             if known is None:
                 raise NativeError(f"{row['state']}: the numbers are gone or damaged", hint="run it again")
             made[row["id"]] = known.arrays
@@ -264,10 +265,4 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Replace the file, whole or not at all."""
-    file = AtomicFile(path)
-    try:
-        file.pwrite((json.dumps(document, indent=1, allow_nan=False) + "\n").encode(), 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
+    write_file(path, json.dumps(document, indent=1, allow_nan=False) + "\n")

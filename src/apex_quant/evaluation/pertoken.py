@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from apex_quant.errors import InputError, ResourceError
-from apex_quant.gguf.writer import AtomicFile, require_space
+from apex_quant.gguf.atomic import require_space, write_file
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -52,13 +52,7 @@ def write(path: str | Path, arrays: Mapping[str, ArrayLike]) -> str:
     """
     data = _packed(arrays)
     require_space(path, len(data))
-    file = AtomicFile(path)
-    try:
-        file.pwrite(data, 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
+    write_file(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -20,7 +20,7 @@ from apex_quant.evaluation import stock_logits
 from apex_quant.evaluation.rebuild import STATES, OutputMatrix
 from apex_quant.evaluation.reference import MAGIC, PART_ROWS, PREAMBLE, encode_logits, pack
 from apex_quant.evaluation.scores import F32, NotFinite, Scorer, scorer
-from apex_quant.evaluation.state import State, load, save
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.steps import Batching, Plan, Step, plan_texts
 from apex_quant.evaluation.watch import Routing, watcher
 from apex_quant.evaluation.worker import Lane
@@ -45,7 +45,7 @@ class Recorder:
         self.path = Path(payload["state"])
         out = Path(payload["out"])
         partial = out.with_name(out.name + ".partial")
-        found = load(self.path, payload["spec"])
+        found = State.load(self.path, payload["spec"])
         self.state = found if found is not None and partial.exists() else State(payload["spec"])
         self.resumed = self.state.done
         self.file = AtomicFile(out, resume=self.state.done > 0)
@@ -258,7 +258,7 @@ class Recorder:
 
     def _save(self) -> None:
         self.file.sync()
-        save(self.path, self.state)
+        self.state.save(self.path)
         self._saved_at = time.monotonic()
 
 

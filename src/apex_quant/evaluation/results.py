@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,12 +21,10 @@ from apex_quant.evaluation.pertoken import Arrays
 from apex_quant.evaluation.schema import SCHEMA as SCHEMA
 from apex_quant.evaluation.schema import ModelInfo, NotResultsError, PerToken, different_references, parse
 from apex_quant.evaluation.schema import Results as Results
-from apex_quant.gguf.writer import AtomicFile, require_space
+from apex_quant.gguf.atomic import AtomicFile, require_space
 
 MAX_BYTES: Final = 64 << 20
 MAX_DEPTH: Final = 50  # by_position of kld is 4 deep
-
-_BUSY_SECONDS = 30.0  # another process grows the file in milliseconds
 
 
 def load(path: str | Path) -> Results:
@@ -141,17 +138,13 @@ def _replace(file: AtomicFile, results: Results, path: Path, arrays: Arrays | No
     """Write results, with these numbers per token (None: those it names already), into the opened file at `path`."""
     archive = archive_path(path)
     waiting = archive.with_name(archive.name + pertoken.NEXT)
-    try:
+    with file:
         if arrays is not None:
             sha256 = pertoken.write(waiting, arrays) if arrays else ""
             results.per_token = PerToken(path=archive.name, sha256=sha256) if arrays else None
         data = _encoded(results, path)
         require_space(path, len(data))
         file.pwrite(data, 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
     if arrays:
         waiting.replace(archive)
     results._path = path
@@ -202,14 +195,10 @@ def summary(results: Results) -> dict[str, Any]:
 
 def _locked(path: Path) -> AtomicFile:
     """The new file, which is also the lock: whoever has it may read the old one and take its place."""
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            return AtomicFile(path)
-        except BusyError:
-            if time.monotonic() >= deadline:
-                raise BusyError(f"{path}: another process is writing it", hint="choose another -o") from None
-            time.sleep(0.05)
+    try:
+        return AtomicFile.when_free(path)
+    except BusyError as error:
+        raise BusyError(error.message, hint="choose another -o") from None
 
 
 def _grown(old: Results | None, base: Results | None, path: Path) -> Results:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from apex_quant.errors import NativeError, UsageError
-from apex_quant.evaluation import state, summary
+from apex_quant.evaluation import summary
 from apex_quant.evaluation.identity import identity, sampled
 from apex_quant.evaluation.reference import describe, vocabulary_size
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.steps import Batching, Scored, first_scored
 from apex_quant.evaluation.texts import read_texts
 from apex_quant.gguf import GGUFModel, open_model
@@ -157,7 +158,7 @@ class TokenJob:
             about |= {"sha256": known.sha256, "model_sha256": known.sha256, "bytes": known.bytes}
         return about
 
-    def _run(self, child: Child, payload: dict[str, Any], path: Path, model: Path, what: str, lock: int) -> state.State:
+    def _run(self, child: Child, payload: dict[str, Any], path: Path, model: Path, what: str, lock: int) -> State:
         def on_event(event: dict[str, Any]) -> None:
             counters = {key: event[key] for key in ("done", "planned", "resumed")}
             self.report(EvaluationProgress(what=event["what"], tokens=self.options.ctx, **counters))
@@ -173,7 +174,7 @@ class TokenJob:
             "what": what,
         }
         child.run(f"{WORKER}:run", payload, on_event, step=f"evaluating {model.name}", pass_fds=[lock])
-        made = state.load(path, spec)
+        made = State.load(path, spec)
         if made is None or not made.finished:
             raise NativeError(f"{path}: the numbers are gone or damaged", hint="evaluate again")
         return made

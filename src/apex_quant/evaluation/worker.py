@@ -22,7 +22,7 @@ from apex_quant.errors import InputError, NativeError, ResourceError, UsageError
 from apex_quant.evaluation.pertoken import hash_chunks
 from apex_quant.evaluation.reference import ApexReference
 from apex_quant.evaluation.scores import Blocks, NotFinite, Scorer, scorer
-from apex_quant.evaluation.state import State, load, save
+from apex_quant.evaluation.state import State
 from apex_quant.evaluation.steps import Batching, Plan, Step, plan_texts
 from apex_quant.evaluation.stock_logits import StockLogits
 from apex_quant.evaluation.watch import Routing, Watcher, watcher
@@ -86,7 +86,7 @@ class Scoring:
         self.lane, self.reference, self.plan, self.emit, self.scorer = lane, reference, plan, emit, one
         self.path, self.save_seconds = Path(payload["state"]), float(payload["save_seconds"])
         self.what: str = payload["what"]
-        self.state = load(self.path, payload["spec"]) or State(payload["spec"])
+        self.state = State.load(self.path, payload["spec"]) or State(payload["spec"])
         self.resumed = self.state.done
         self.arrays = self._allocate()
         self._saved_at = time.monotonic()
@@ -185,7 +185,7 @@ class Scoring:
 
     def _save(self) -> None:
         self.state.arrays = self.arrays
-        save(self.path, self.state)
+        self.state.save(self.path)
         self._saved_at = time.monotonic()
 
 

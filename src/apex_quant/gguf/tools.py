@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apex_quant.errors import UsageError
+from apex_quant.gguf.atomic import AtomicFile, require_space
 from apex_quant.gguf.reader import SHARD_NAME, GGUFModel, open_model, shard_name
-from apex_quant.gguf.writer import AtomicFile, Layout, layout, require_space, shard_layouts
+from apex_quant.gguf.writer import Layout, layout, shard_layouts
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 COPY_BYTES = 8 << 20

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import AtomicFile
 
 
 class HashedFile:
@@ -34,10 +34,5 @@ class HashedFile:
 @contextmanager
 def hashed_file(path: Path) -> Iterator[HashedFile]:
     """Write `path` in the body of a with statement; an exception there leaves no file behind."""
-    file = AtomicFile(path)
-    try:
+    with AtomicFile(path) as file:
         yield HashedFile(file)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise

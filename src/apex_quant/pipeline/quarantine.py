@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from apex_quant.gguf import write_file
 from apex_quant.publishable import QUARANTINE
 
 
@@ -19,8 +20,5 @@ def note_of(model: Path, phase: str) -> Path:
 def quarantine(model: Path, phase: str, problems: Sequence[str], facts: Any = None) -> Path:
     """Write the note, whole or not at all."""
     note = note_of(model, phase)
-    partial = note.with_name(f".{note.name}.partial")
     document = {"file": model.name, "phase": phase, "reason": "; ".join(problems), "problems": list(problems)}
-    partial.write_text(json.dumps({**document, "facts": facts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(note)
-    return note
+    return write_file(note, json.dumps({**document, "facts": facts}, indent=1, sort_keys=True) + "\n")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from apex_quant.gguf import write_file
 from apex_quant.native import Child
 from apex_quant.runtime.options import SessionOptions
 
@@ -62,9 +63,8 @@ def generate_once(
     if (known := written_before(kept, digest, prompts, tokens)) is not None:
         return known
     made = generate(model, prompts, tokens, options)
-    partial = kept.with_name(f"{kept.name}.partial")
-    partial.write_text(json.dumps({"model": digest, "prompts": list(prompts), "tokens": tokens, "written": made}))
-    partial.replace(kept)
+    document = {"model": digest, "prompts": list(prompts), "tokens": tokens, "written": made}
+    write_file(kept, json.dumps(document))
     return made
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apex_quant.errors import BusyError, InputError, ResourceError
-from apex_quant.gguf import AtomicFile
+from apex_quant.gguf import write_file
 
 STATE: Final = "state.json"
 LOCK: Final = "run.lock"
@@ -138,14 +138,7 @@ class State:
             "started": {p: {n: asdict(one) for n, one in items.items()} for p, items in self.started.items() if items},
             "hashes": self.hashes,
         }
-        file = AtomicFile(self.path)
-        try:
-            file.pwrite(json.dumps(document, indent=1, sort_keys=True).encode() + b"\n", 0)
-            file.commit()
-        except BaseException:
-            if file.is_open:
-                file.abandon()
-            raise
+        write_file(self.path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
     def record(self, phase: str, item: str) -> Record | None:
         return self.records.get(phase, {}).get(item)

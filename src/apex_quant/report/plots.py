@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from apex_quant.errors import UsageError, did_you_mean
-from apex_quant.gguf.writer import AtomicFile
+from apex_quant.gguf.atomic import write_file
 from apex_quant.report.gather import Gathered
 
 if TYPE_CHECKING:
@@ -123,21 +123,10 @@ def _write_plot(
                 style.png(fig)
             fig = style.rethemed(fig, style.THEMES[theme])
         if "png" in formats:
-            written.append(_write(folder / f"{stem}.png", style.png(fig)))
+            written.append(write_file(folder / f"{stem}.png", style.png(fig)))
         if "svg" in formats:
             if theme == themes[0]:
                 first = style.svg(fig)
             text = first if theme == themes[0] else style.recoloured(first, style.THEMES[themes[0]], fig.theme)
-            written.append(_write(folder / f"{stem}.svg", text.encode()))
+            written.append(write_file(folder / f"{stem}.svg", text.encode()))
     return written
-
-
-def _write(path: Path, data: bytes) -> Path:
-    file = AtomicFile(path)
-    try:
-        file.pwrite(data, 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
-    return path

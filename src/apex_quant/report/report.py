@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apex_quant.errors import ResourceError, UsageError, did_you_mean
-from apex_quant.gguf.writer import AtomicFile, require_space
+from apex_quant.gguf.atomic import require_space, write_file
 from apex_quant.report.choose import with_results
 from apex_quant.report.family import Family
 from apex_quant.report.formats import (
@@ -144,14 +144,7 @@ def write(path: Path, text: str) -> Path:
     except OSError as error:
         raise ResourceError(f"{path.parent}: cannot be made: {error.strerror}") from None
     require_space(path, len(data))
-    file = AtomicFile(path)
-    try:
-        file.pwrite(data, 0)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
-    return path
+    return write_file(path, data)
 
 
 def _plots(gathered: Gathered, folder: Path, formats: Sequence[str], tell: Callable[[str], None]) -> list[Path]:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_quant.errors import InputError, UsageError, did_you_mean
 from apex_quant.evaluation.kv_types import Pair, require_offered
 from apex_quant.gguf import merge, open_model
+from apex_quant.gguf.atomic import write_file
 from apex_quant.gguf.types import TYPES
-from apex_quant.gguf.writer import AtomicFile
 from apex_quant.model.facts import facts
 from apex_quant.model.kv_cache import kv_cache
 from apex_quant.serving import exports_schema as schema
@@ -166,24 +166,12 @@ def export(
         raise UsageError(f"{taken} exists already", hint="--force replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, texts.values(), strict=True):
-        with_text(path, text)
+        write_file(path, text)
     settings = {
         "ctx": subject.ctx, "type_k": type_k, "type_v": type_v, "gpu_layers": subject.gpu_layers,
         "n_cpu_moe": cpu_moe, "sampling": subject.sampling, "kv_bytes": subject.kv_bytes,
     }  # fmt: skip
     return Exported(target, tuple(paths), subject.sha256, settings, tuple(dict.fromkeys(warnings)))
-
-
-def with_text(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    data = text.encode()
-    file = AtomicFile(path)
-    try:
-        file.pwrite(data, 0)
-        file.sync()
-        file.commit()
-    finally:
-        file.abandon()
 
 
 def safe_name(text: str) -> str:
