@@ -22,7 +22,7 @@ import pytest
 
 from apex_quant import SessionOptions, embedded_model
 from apex_quant.errors import InputError, ResourceError, UsageError
-from apex_quant.evaluation import server
+from apex_quant.evaluation import programs, server
 from apex_quant.evaluation.harness import TASKS, find_lm_eval, read_metric, read_results, run_harness
 from apex_quant.evaluation.server import Found, Server, find_server, server_command
 from apex_quant.evaluation.statistics import wilson
@@ -145,7 +145,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "results.json").write_text(json.dumps(ONE))
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(server.DIRECTORY, raising=False)
-    monkeypatch.setattr(server, "_PAUSE", 0.01)
+    monkeypatch.setattr(programs, "PAUSE", 0.01)
     return folder
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,10 @@ from apex_quant.evaluation import guard
 Log = Callable[[str, str], None]
 """Called with a program's name and a line of its output, from another thread."""
 
+PAUSE: Final = 0.2
+"""Seconds between two looks at a program; its end is known after that."""
 _LINES: Final = 20
+_ANSWER: Final = 5.0  # seconds for one answer
 _EXTRA = 5.0  # seconds beyond the guard's own patience
 
 
@@ -85,6 +90,45 @@ class Program:
             self._guard.kill()
             self._guard.wait()
         self._reader.join(timeout=_EXTRA)
+
+    def answers(self, host: str, port: int, path: str, headers: Mapping[str, str]) -> bool:
+        """Whether it runs, and a GET of `path` at its address is answered by 200."""
+        if self.status is not None:
+            return False
+        connection = http.client.HTTPConnection(host, port, timeout=_ANSWER)
+        try:
+            connection.request("GET", path, headers=dict(headers))
+            return connection.getresponse().status == http.client.OK and self.status is None
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def until(
+        self,
+        ready: Callable[[], bool],
+        model: str,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        hint: str = "a smaller context needs less memory; the log has more",
+    ) -> None:
+        """Return when it is `ready` to serve `model`. Raises ResourceError when it ends before, with this `hint`, or
+        after `deadline` seconds."""
+        end = clock() + deadline
+        while not ready():
+            if self.status is not None:
+                status = self.wait()
+                raise ResourceError(
+                    f"{self.name} ended with status {status} before it served {model}: {self.last()}",
+                    hint=hint,
+                )
+            if clock() >= end:
+                raise ResourceError(
+                    f"{self.name} did not serve {model} within {deadline:g} s; its last line: {self.last()}",
+                    hint="a larger model needs a longer deadline",
+                )
+            time.sleep(PAUSE)
 
     def last(self) -> str:
         """Its last line, for messages."""

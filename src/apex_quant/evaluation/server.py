@@ -8,7 +8,6 @@ Only this machine reaches it, and only with a key drawn anew for each start.
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import os
 import secrets
@@ -35,7 +34,6 @@ _NO_MMAP = {
     "LLAMA_ARG_LOAD_MODE": "none",
     "LLAMA_ARG_NO_MMAP": "1",
 }  # the option was renamed; names not known are ignored
-_PAUSE = 0.2  # seconds between two looks
 
 Kind = Literal["llama-server", "llama_cpp.server"]
 
@@ -152,7 +150,7 @@ class Server:
         program = Program(found.kind, command, env=env, log=log)
         try:
             server = cls(program, found.kind, port, key)
-            server._wait(Path(model).name, clock, deadline)
+            program.until(server._answers, Path(model).name, deadline, clock)
         except BaseException:
             program.stop()
             raise
@@ -166,34 +164,10 @@ class Server:
     ) -> None:
         self.program.stop()
 
-    def _wait(self, model: str, clock: Callable[[], float], deadline: float) -> None:
-        end = clock() + deadline
-        while not self._answers():
-            status = self.program.status
-            if status is not None:
-                self.program.wait()
-                raise ResourceError(
-                    f"{self.kind} ended with status {status} before it served {model}: {self.program.last()}",
-                    hint="a smaller context needs less memory; the log has more",
-                )
-            if clock() >= end:
-                raise ResourceError(
-                    f"{self.kind} did not serve {model} within {deadline:g} s; its last line: {self.program.last()}",
-                    hint="a larger model needs a longer deadline",
-                )
-            time.sleep(_PAUSE)
-
     def _answers(self) -> bool:
         """Whether the model is loaded: llama-server says so at /health; the other one listens only then."""
         path = "/health" if self.kind == "llama-server" else "/v1/models"
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=5)
-        try:
-            connection.request("GET", path, headers={"Authorization": f"Bearer {self.key}"})
-            return connection.getresponse().status == http.client.OK and self.program.status is None
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        return self.program.answers(_HOST, self.port, path, {"Authorization": f"Bearer {self.key}"})
 
 
 def _free_port() -> int:

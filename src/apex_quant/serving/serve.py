@@ -7,7 +7,6 @@ with serve("models/", api_key_file=None) as service:
 
 from __future__ import annotations
 
-import http.client
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from apex_quant.doctor import main_memory
 from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.evaluation.kv_types import Pair, parse_pair, require_offered, server_types
-from apex_quant.evaluation.programs import Log, Program, clean_environment, said
+from apex_quant.evaluation.programs import PAUSE, Log, Program, clean_environment, said
 from apex_quant.evaluation.server import Found, find_server
 from apex_quant.gguf import GGUFModel, open_model
 from apex_quant.model.facts import facts
@@ -33,8 +32,6 @@ from apex_quant.serving.fit import MIB, SAFE_PAIRS, Fit, Option, find_models, fi
 AUTO_CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048, 1024)
 """Tried from the longest; more than the first must be asked for."""
 START_SECONDS: Final = 900.0
-POLL_SECONDS: Final = 0.2
-"""Between two looks at the backend; its end is known after that."""
 _HOST_SHARE: Final = 0.9  # of the memory that is available now
 _MOST_CACHED: Final = 8192 * MIB  # of earlier prompts; llama-server's own default
 _MOST_CHECKPOINTS: Final = 8
@@ -280,21 +277,12 @@ class Service:
     @property
     def healthy(self) -> bool:
         """Whether it answers now."""
-        if self.program.status is not None:
-            return False
-        connection = http.client.HTTPConnection(reachable(self.host), self.port, timeout=5)
-        try:
-            connection.request("GET", "/health", headers=self.authorization)
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        return self.program.answers(reachable(self.host), self.port, "/health", self.authorization)
 
     def wait(self, pause: Callable[[float], None] = time.sleep) -> None:
-        """Until the backend ends, which is a ResourceError that says how; looked for every 0.2 s."""
+        """Until the backend ends, which is a ResourceError that says how; looked for every PAUSE seconds."""
         while self.program.status is None:
-            pause(POLL_SECONDS)
+            pause(PAUSE)
         status = self.program.wait()
         raise ResourceError(
             f"{self.plan.backend.kind} ended with status {status}: {self.program.last()}",
@@ -366,28 +354,14 @@ def serve(
     program = Program(chosen.backend.kind, command, env=env, log=log)
     service = Service(chosen, program, host, port, keys)
     try:
-        _wait_until_healthy(service, deadline, clock)
+        program.until(
+            lambda: service.healthy, chosen.model.name, deadline, clock,
+            hint="a smaller --ctx needs less memory; --verbose shows its log",
+        )  # fmt: skip
     except BaseException:
         service.stop()
         raise
     return service
-
-
-def _wait_until_healthy(service: Service, deadline: float, clock: Callable[[], float]) -> None:
-    end = clock() + deadline
-    while not service.healthy:
-        if service.program.status is not None:
-            status = service.program.wait()
-            raise ResourceError(
-                f"{service.plan.backend.kind} ended with status {status} before it served "
-                f"{service.plan.model.name}: {service.program.last()}",
-                hint="a smaller --ctx needs less memory; --verbose shows its log",
-            )
-        if clock() >= end:
-            raise ResourceError(
-                f"{service.plan.backend.kind} did not answer within {deadline:g} s: {service.program.last()}"
-            )
-        time.sleep(POLL_SECONDS)
 
 
 __all__ = ["ServePlan", "Service", "is_loopback", "plan_service", "read_keys", "resolve", "sampling_defaults", "serve"]
