@@ -34,15 +34,16 @@ MAY: dict[str, str] = {
     "serving": "gguf model recipe native runtime evaluation text doctor",
     "checkpoint": "",
     "hub": "gguf hub_access",
+    "hub_checkpoint": "checkpoint hub",
     "converter_source": "",
     "converter_python": "converter_source",
     "converter_child": "",
-    "convert": "gguf checkpoint converter_python converter_source hub",
+    "convert": "gguf checkpoint converter_python converter_source hub hub_checkpoint",
     "publishable": "gguf model recipe encode",
     "publish": "gguf model recipe encode hub hub_access publishable",
-    "mlx": "gguf model recipe checkpoint hub",
+    "mlx": "gguf model recipe checkpoint hub hub_checkpoint",
     "pipeline": "gguf model recipe importance native text runtime calibration encode evaluation allocation report "
-    "hub hub_access checkpoint convert converter_python converter_source publish publishable",
+    "hub hub_access hub_checkpoint checkpoint convert converter_python converter_source publish publishable",
 }
 """Room or module -> what it may import besides COMMON. `cli` and the package's own surface may import everything."""
 

@@ -11,18 +11,27 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from apex_quant.errors import InputError, UsageError
 
+CONFIG: Final = "config.json"
+CARD: Final = "README.md"
+WEIGHTS: Final = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+"""How names of weight files begin and end, the better form first: the converter reads one form alone."""
+BESIDE: Final = ("*.json", "*.jsonl", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", CARD)
+"""Names of what it reads besides: configuration, tokenizer, templates, code that may be trusted, the card's facts."""
+_PARTS: Final = "*/model.safetensors"  # of audio tokenizers and dense modules, in folders of their own
 OUTTYPES: Final = ("bf16", "f16", "f32", "auto")
 _MAX_JSON: Final = 64 << 20
 _MAX_HEADER: Final = 100_000_000  # the safetensors library's own limit
 _MAX_FILES: Final = 4096
 _MAX_TENSORS: Final = 4_000_000
+_MAX_DIMENSIONS: Final = 8  # PyTorch's convolutions have 5
 # where a configuration keeps that of its language model
 _TEXT_CONFIGS: Final = ("text_config", "llm_config", "lm_config", "language_config", "lfm")
 _NEXTN_KEYS: Final = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
@@ -124,13 +133,17 @@ def describe(directory: str | Path) -> Checkpoint:
         kind = "a GGUF file already: it needs no conversion" if path.suffix == ".gguf" else "a file"
         raise InputError(f"{path}: is {kind}", hint="name the directory that holds config.json and the weights")
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory", hint="a directory with config.json, or a hub id such as Qwen/X")
-    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: no such directory", hint="name one with config.json; what is converted may be a hub id: ORG/NAME"
+        )
+    if not (path / CONFIG).is_file():
         hint = "name one of its GGUF files itself" if next(path.glob("*.gguf"), None) else None
         raise InputError(f"{path}: holds no config.json, so it is no Hugging Face checkpoint", hint=hint)
-    config = read_json(path / "config.json")
+    config = read_json(path / CONFIG)
     text = text_config(config)
-    shards, missing = _weight_files(path)
+    with os.scandir(path) as entries:
+        shards = weight_files(path, [entry.name for entry in entries])
+    missing = {name: "is not there" for name in shards if not (path / name).is_file()}
     stored: list[StoredTensor] = []
     for name in shards:
         if name.endswith(".safetensors") and name not in missing:
@@ -215,38 +228,63 @@ def _count(config: Mapping[str, Any], *keys: str) -> int:
     return 0
 
 
-def _weight_files(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the weight files as the converter chooses them, and what is wrong with the ones that are not there."""
-    for prefix, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = path / f"{prefix}{suffix}.index.json"
-        if index.is_file():
-            table = read_json(index).get("weight_map")
-            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-                raise InputError(f"{index}: has no weight_map")
-            names = sorted(set(table.values()))
-            if any(os.path.basename(name) != name or name in ("", ".", "..") for name in names):  # noqa: PTH119
-                raise InputError(f"{index}: names weight files outside of its directory")
+def conversion_files(folder: Path, paths: Iterable[str]) -> list[str]:
+    """Of a checkpoint's files, by their paths in it, those that a conversion reads; with missing ones of the weights.
+
+    `folder` holds the index files at least. Raises what weight_files() raises.
+    """
+    paths = list(paths)
+    weights = weight_files(folder, [path for path in paths if "/" not in path])
+    return sorted({*weights, *filter(_is_beside, paths)})
+
+
+def _is_beside(path: str) -> bool:
+    return fnmatchcase(path, _PARTS) or any(fnmatchcase(path.rpartition("/")[2], one) for one in BESIDE)
+
+
+def index_files() -> tuple[str, ...]:
+    """Names under which a checkpoint may list its weight files."""
+    return tuple(f"{prefix}{suffix}.index.json" for prefix, suffix in WEIGHTS)
+
+
+def weight_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Names of the weight files as the converter chooses them among the `names` in a checkpoint's folder.
+
+    What its index or the numbers in names (model-00002-of-00003) imply is named even where it is not there. `folder`
+    holds the index files at least. InputError for a broken index, for far too many files, and for none.
+    """
+    there = set(names)
+    for (prefix, suffix), index in zip(WEIGHTS, index_files(), strict=True):
+        if index in there:
+            chosen = _indexed(folder / index)
         else:
-            with os.scandir(path) as entries:
-                names = sorted(e.name for e in entries if e.name.startswith(prefix) and e.name.endswith(suffix))
-        if len(names) > _MAX_FILES:
-            raise InputError(f"{path}: has {len(names)} weight files")
-        if names:
-            return names, {name: "is not there" for name in names if not (path / name).is_file()} | _uncounted(names)
-    raise InputError(f"{path}: holds no model*.safetensors or pytorch_model*.bin", hint="is the download complete?")
+            chosen = _counted(folder, sorted(n for n in there if n.startswith(prefix) and n.endswith(suffix)))
+        if len(chosen) > _MAX_FILES:
+            raise InputError(f"{folder}: has {len(chosen)} weight files")
+        if chosen:
+            return chosen
+    raise InputError(f"{folder}: holds no model*.safetensors or pytorch_model*.bin", hint="is the download complete?")
 
 
-def _uncounted(names: list[str]) -> dict[str, str]:
-    """Shards that the others' names (model-00002-of-00003) imply, for checkpoints without an index."""
+def _indexed(index: Path) -> list[str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise InputError(f"{index}: has no weight_map")
+    names = sorted(set(table.values()))
+    if any(os.path.basename(name) != name or name in ("", ".", "..") for name in names):  # noqa: PTH119
+        raise InputError(f"{index}: names weight files outside of its directory")
+    return names
+
+
+def _counted(folder: Path, names: list[str]) -> list[str]:
+    """With the shards that the others' names imply, for checkpoints without an index."""
     numbered = [found for name in names if (found := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)", name))]
     if not numbered or len(numbered) != len(names):
-        return {}
+        return names
     first = numbered[0]
-    total = int(first[3])
-    if total > _MAX_FILES:
-        return {first[0]: f"belongs to {total} files"}
-    expected = [f"{first[1]}-{i:05}-of-{first[3]}{first[4]}" for i in range(1, total + 1)]
-    return {name: "is not there" for name in expected if name not in names}
+    if int(first[3]) > _MAX_FILES:
+        raise InputError(f"{folder}: {first[0]} belongs to {int(first[3])} files")
+    return sorted({*names, *(f"{first[1]}-{i:05}-of-{first[3]}{first[4]}" for i in range(1, int(first[3]) + 1))})
 
 
 def _read_header(path: Path, into: list[StoredTensor]) -> str | None:
@@ -270,7 +308,8 @@ def _read_header(path: Path, into: list[StoredTensor]) -> str | None:
             end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path}: has a broken safetensors header: {type(error).__name__}") from None
-    if any(n < 0 or n > 1 << 48 for tensor in found for n in tensor.shape) or len(into) + len(found) > _MAX_TENSORS:
+    too_many = len(into) + len(found) > _MAX_TENSORS or any(len(t.shape) > _MAX_DIMENSIONS for t in found)
+    if too_many or any(n < 0 or n > 1 << 48 for tensor in found for n in tensor.shape):
         raise InputError(f"{path}: has tensors of impossible sizes")
     into += found
     if size < 8 + length + end:

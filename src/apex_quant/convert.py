@@ -14,17 +14,18 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from apex_quant import hub
-from apex_quant.checkpoint import OUTTYPES, READ_METHODS, Checkpoint, architectures, describe, read_json
-from apex_quant.converter_python import HIDDEN, ConverterPython, find_python
+from apex_quant.checkpoint import OUTTYPES, READ_METHODS, Checkpoint, architectures, describe
+from apex_quant.converter_python import ConverterPython, find_python, foreign_environment
 from apex_quant.converter_source import Converter, find_converter
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf import AtomicFile, open_model
+from apex_quant.hub_checkpoint import hub_checkpoint
 
 __all__ = ["Checkpoint", "Conversion", "ConvertProgress", "convert", "describe"]
 
@@ -86,13 +87,14 @@ def convert(
     trust_remote_code: bool = False,
     python: str | Path | None = None,
     force: bool = False,
-    progress: Callable[[ConvertProgress], None] | None = None,
+    progress: Callable[[ConvertProgress | hub.HubProgress], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Conversion:
     """Convert a checkpoint directory, or a hub id that is downloaded first, to one GGUF file.
 
     `outtype` is bf16, f16, f32, or auto for the 16-bit type of the weights; `mmproj` writes the vision or audio
-    projector instead of the language model; `nextn` False leaves NextN/MTP blocks out. `name` becomes general.name.
+    projector instead of the language model; `nextn` False leaves NextN/MTP blocks out where the converter can (else a
+    warning says that they are kept). `name` becomes general.name.
     `pre` names llama.cpp's splitting rule for a vocabulary that the converter does not recognize. `python` is the
     interpreter that runs it (converter_python.py). `say` gets each line of its log.
 
@@ -113,7 +115,7 @@ def convert(
     interpreter = find_python(python)
     converter = find_converter(say=say)
     if found is None:
-        found = _downloaded(str(source), revision, converter, mmproj=mmproj)
+        found = _downloaded(str(source), revision, converter, progress, mmproj=mmproj)
         name = name or str(source).rpartition("/")[2].replace("-", " ")
     check(found, converter, mmproj=mmproj)
     target = Path(out) if out is not None else _default_name(found, source, outtype, mmproj)
@@ -121,10 +123,12 @@ def convert(
     _check_disk(target, found.estimate(outtype, mmproj=mmproj))
     arguments = [os.fspath(found.path.resolve()), "--outtype", outtype]
     arguments += ["--mmproj"] if mmproj else []
-    arguments += [] if nextn else ["--no-nextn"]
     arguments += ["--model-name", name] if name else []
     start = time.monotonic()
-    run = _Run(interpreter, converter, found, pre, trust_remote_code, progress, say)
+    without_nextn = not nextn or found.without_nextn
+    if not (nextn or mmproj or converter.has_classes):
+        arguments.append("--no-nextn")  # the child process cannot set it on the model's class
+    run = _Run(interpreter, converter, found, pre, trust_remote_code, without_nextn, progress, say)
     partial = AtomicFile(target)
     try:
         # the script fills {ftype} and the like in names, so braces are doubled
@@ -133,7 +137,7 @@ def convert(
         run([*arguments, "--outfile", str(outfile.with_name(escaped))])
         with open_model(partial.partial) as model:
             architecture, tensors = model.architecture, len(model.tensors)
-            told = list(_missing_from(model.metadata, mmproj))
+            told = list(_odd(model.metadata, mmproj, nextn))
         partial.commit()
     finally:
         if partial.is_open:
@@ -194,11 +198,12 @@ class _Run:
         checkpoint: Checkpoint,
         pre: str | None,
         trust: bool,
+        without_nextn: bool,
         progress: Callable[[ConvertProgress], None] | None,
         say: Callable[[str], None],
     ) -> None:
         self.python, self.script = interpreter.path, converter.script
-        self.checkpoint, self.pre, self.trust = checkpoint, pre, trust
+        self.checkpoint, self.pre, self.trust, self.without_nextn = checkpoint, pre, trust, without_nextn
         self.progress, self.say = progress or (lambda event: None), say
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
         self.warnings: list[str] = []
@@ -210,11 +215,9 @@ class _Run:
             "parent": os.getpid(),
             "pre": self.pre,
             "trust": self.trust,
-            "without_nextn": self.checkpoint.without_nextn,
+            "without_nextn": self.without_nextn,
         }
-        env = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", HF_HUB_OFFLINE="1")
-        for name in HIDDEN:
-            env.pop(name, None)
+        env = dict(foreign_environment(), PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8", HF_HUB_OFFLINE="1")
         process = subprocess.Popen(
             [str(self.python), str(_CHILD), json.dumps(options), *arguments],
             stdin=subprocess.DEVNULL,
@@ -294,7 +297,7 @@ _EXPLAINED: Final[tuple[tuple[str, type[ApexError], str], ...]] = (
     ),
     (r"MemoryError|DefaultCPUAllocator: can't allocate", ResourceError, "the converter ran out of memory"),
     (
-        r"is not supported|not yet supported|NotImplementedError|Missing or incomplete model files|"
+        r"(is|are) not (yet )?supported|NotImplementedError|Missing or incomplete model files|"
         r"Mismatch between weight map|Can not map tensor|Failed to detect model architecture",
         InputError,
         "the converter does not know this form; LLAMA_CPP_DIR names a newer one",
@@ -316,11 +319,20 @@ def _lines(stream: IO[bytes]) -> Iterator[str]:
         yield rest.decode("utf-8", "replace").rstrip()
 
 
-def _downloaded(repo: str, revision: str | None, converter: Converter, *, mmproj: bool) -> Checkpoint:
+def _downloaded(
+    repo: str,
+    revision: str | None,
+    converter: Converter,
+    progress: Callable[[hub.HubProgress], None] | None,
+    *,
+    mmproj: bool,
+) -> Checkpoint:
     """A repository's checkpoint. InputError, before the weights, for an architecture that is not converted."""
-    folder = hub.download(repo, revision=revision, patterns=("config.json",))
-    check_architecture(repo, architectures(read_json(folder / "config.json")), converter, mmproj=mmproj)
-    return describe(hub.download(repo, revision=folder.name))  # the commit
+
+    def check(config: Mapping[str, Any]) -> None:
+        check_architecture(repo, architectures(config), converter, mmproj=mmproj)
+
+    return describe(hub_checkpoint(repo, revision, check=check, progress=progress).folder)
 
 
 def _default_name(checkpoint: Checkpoint, source: str | Path, outtype: str, mmproj: bool) -> Path:
@@ -347,7 +359,9 @@ def _check_disk(target: Path, estimate: int) -> None:
         )
 
 
-def _missing_from(metadata: Any, mmproj: bool) -> Iterator[str]:
+def _odd(metadata: Any, mmproj: bool, nextn: bool) -> Iterator[str]:
     """What users stumble over later."""
+    if not nextn and metadata.get(f"{metadata.get('general.architecture')}.nextn_predict_layers"):
+        yield "the NextN blocks are kept: the converter cannot leave them out of this architecture"
     if not mmproj and "tokenizer.chat_template" not in metadata:
         yield "the checkpoint has no chat template: servers will guess one"

@@ -4,8 +4,9 @@
                                 "trust": false}' SCRIPT'S ARGUMENTS
 
 It ends with its parent. Python code from the checkpoint is not run unless it is trusted. A vocabulary whose splitting
-rule the script does not recognize gets the named rule instead of an error. A checkpoint that is known to hold no
-NextN blocks is converted as with --no-nextn where that exists: the Qwen classes would fail an assertion.
+rule the script does not recognize gets the named rule instead of an error. NextN blocks are left out, as with
+--no-nextn, of the architectures of which the script can: it refuses the option for all others and for projectors. A
+checkpoint that is known to hold none is converted so too, as the Qwen classes would fail an assertion.
 """
 
 import json

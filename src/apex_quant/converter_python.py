@@ -75,11 +75,16 @@ def environment_folder() -> Path:
     return cache_folder() / f"convert-env-{sys.version_info[0]}.{sys.version_info[1]}"
 
 
+def foreign_environment() -> dict[str, str]:
+    """The environment variables of a process of the converter's Python."""
+    return {name: value for name, value in os.environ.items() if name not in HIDDEN}
+
+
 def probe(path: str | Path) -> ConverterPython:
     """What an interpreter has. UsageError when it is none."""
     # the name is kept as given: a virtual environment's python is a link, and what it resolves to is another one
     command = code_command(path, _PROBE, json.dumps(NEEDS))
-    env = {name: value for name, value in os.environ.items() if name not in HIDDEN}
+    env = foreign_environment()
     try:
         ran = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=env
@@ -150,8 +155,15 @@ def _python_of(folder: Path) -> Path:
 
 def _run(command: list[str], say: Say) -> None:
     last: deque[str] = deque(maxlen=5)
+    # what pip would find there is not what the converter will see
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=foreign_environment(),
     )
     assert process.stdout is not None
     try:

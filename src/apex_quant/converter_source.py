@@ -57,6 +57,11 @@ class Converter:
     def script(self) -> Path:
         return self.folder / SCRIPT
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether its model classes are a package and not inside the script, as in old releases."""
+        return (self.folder / "conversion").is_dir()
+
     def architectures(self, *, mmproj: bool = False) -> frozenset[str]:
         """Names of architectures that it converts, read from its table without running it; empty where unknown."""
         wanted = "MMPROJ_MODEL_MAP" if mmproj else "TEXT_MODEL_MAP"

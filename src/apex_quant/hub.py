@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -131,19 +132,45 @@ def snapshot(
     sleep: Callable[[float], None] = rest,
 ) -> Snapshot:
     """Download as `download` does, and tell what came. `revision` is a branch, a tag or a commit."""
-    tell = progress or (lambda _: None)
-
-    def say(note: str) -> None:
-        tell(HubProgress("download", repo, 0, 0, note))
-
-    with explained(repo):
-        found = retried(lambda: repository(repo, revision), sleep=sleep, say=say)
+    found = looked_up(repo, revision, progress=progress, sleep=sleep)
     wanted = [file for file in found.files if patterns is None or _fits(file.path, patterns)]
     if not wanted:
         there = ", ".join(file.path for file in found.files[:8]) or "nothing"
         raise InputError(
             f"{repo}@{found.commit[:8]}: no file fits {', '.join(patterns or ('*',))}", hint=f"it holds {there}"
         )
+    return Snapshot(repo, revision, found.commit, fetch(found, wanted, progress=progress, sleep=sleep), tuple(wanted))
+
+
+def looked_up(
+    repo: str,
+    revision: str | None = None,
+    *,
+    progress: Callable[[HubProgress], None] | None = None,
+    sleep: Callable[[float], None] = rest,
+) -> Repository:
+    """What a repository holds, asked until it answers. Raises what `download` raises before the first file."""
+    with explained(repo):
+        return retried(lambda: repository(repo, revision), sleep=sleep, say=_noted(repo, progress))
+
+
+def _noted(repo: str, progress: Callable[[HubProgress], None] | None) -> Callable[[str], None]:
+    def say(note: str) -> None:
+        if progress is not None:
+            progress(HubProgress("download", repo, 0, 0, note))
+
+    return say
+
+
+def fetch(
+    found: Repository,
+    wanted: Sequence[HubFile],
+    *,
+    progress: Callable[[HubProgress], None] | None = None,
+    sleep: Callable[[float], None] = rest,
+) -> Path:
+    """The folder of a repository's commit, with at least these of its files in it. Raises what `download` raises."""
+    tell, say = progress or (lambda _: None), _noted(found.name, progress)
     _require_disk(found, wanted)
     total, done = sum(file.size for file in wanted), 0
     folder = None
@@ -154,7 +181,7 @@ def snapshot(
         done += file.size
     tell(HubProgress("download", wanted[-1].path, total, total))
     assert folder is not None
-    return Snapshot(repo, revision, found.commit, folder, tuple(wanted))
+    return folder
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:
@@ -162,7 +189,7 @@ def _fits(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _one_file(found: Repository, file: HubFile, sleep: Callable[[float], None], say: Callable[[str], None]) -> Path:
-    """Downloaded, and of a large file its hash; one that differs is deleted and fetched once more."""
+    """Downloaded, and its hash taken; one that differs is deleted and fetched once more."""
     name = f"{found.name}@{found.commit[:8]}/{file.path}"
     api = library(name).HfApi()
     for attempt in range(2):
@@ -170,21 +197,44 @@ def _one_file(found: Repository, file: HubFile, sleep: Callable[[float], None], 
             path = Path(
                 retried(lambda: api.hf_hub_download(found.name, file.path, revision=found.commit), sleep=sleep, say=say)
             )
-        if file.sha256 is None or sha256_of(path) == file.sha256:
+        if _came_whole(path, file):
             return path
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         if attempt == 0:
             say(f"{file.path} is not what the hub says it is; downloading it again")
     raise InputError(
-        f"{name}: corrupted: its sha256 is not {file.sha256}, twice", hint="the copy was deleted; try again later"
+        f"{name}: corrupted: its hash is not {file.sha256 or file.blob}, twice",
+        hint="the copy was deleted; try again later",
     )
+
+
+def _came_whole(path: Path, file: HubFile) -> bool:
+    return matches(file, path.stat().st_size, lambda: path.open("rb")) is not False
+
+
+def matches(
+    file: HubFile, size: int, opened: Callable[[], io.BufferedIOBase], sha256: str | None = None
+) -> bool | None:
+    """Whether `size` bytes are those of a hub's file, None where the hub tells no hash of it.
+
+    By the sha256 of large files, not taken again where it is known, and git's SHA-1 of the others.
+    """
+    if file.sha256 is not None:
+        return file.sha256 == (sha256 or _digest(opened, hashlib.sha256()))
+    if file.blob is not None:
+        return file.blob == _digest(opened, hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False))
+    return None
+
+
+def _digest(opened: Callable[[], io.BufferedIOBase], begun: Any) -> str:
+    with opened() as file:
+        return hashlib.file_digest(file, lambda: begun).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest(lambda: path.open("rb"), hashlib.sha256())
 
 
 def _require_disk(found: Repository, wanted: Sequence[HubFile]) -> None:
@@ -226,8 +276,7 @@ def baseline_files(
             f"{spec!r} is not REPO:PATTERN:LABEL", hint="such as 'unsloth/Qwen3-30B-A3B-GGUF:*-Q4_K_M*:unsloth'"
         )
     repo, label = found["repo"], found["label"] or found["repo"]
-    with explained(repo):
-        there = retried(lambda: repository(repo, found["revision"]), sleep=sleep)
+    there = looked_up(repo, found["revision"], progress=progress, sleep=sleep)
     names = [f.path for f in there.files if f.path.endswith(".gguf") and _fits(f.path, [found["pattern"]])]
     models: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -242,17 +291,15 @@ def baseline_files(
         shard = SHARD_NAME.fullmatch(shards[0])
         if shard and len(shards) != int(shard["count"]):
             raise InputError(f"{spec}: {len(shards)} of {int(shard['count'])} shards of {name} fit the pattern")
-    paths = [path for shards in models.values() for path in shards]
-    # the paths themselves, not as patterns: [ and ] are legal in names
-    exact = ["".join(f"[{c}]" if c in "*?[" else c for c in path) for path in paths]
-    came = snapshot(repo, revision=there.commit, patterns=exact, progress=progress, sleep=sleep)
-    by_path = {file.path: file for file in came.files}
+    by_path = {file.path: file for file in there.files}
+    wanted = [by_path[path] for shards in models.values() for path in shards]
+    folder = fetch(there, wanted, progress=progress, sleep=sleep)
     return [
         Baseline(
             label if len(models) == 1 else f"{label} {name.split('/')[-1]}",
-            came.folder / shards[0],
+            folder / shards[0],
             repo,
-            came.commit,
+            there.commit,
             tuple(by_path[path] for path in shards),
         )
         for name, shards in models.items()

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from apex_quant import hub
-from apex_quant.checkpoint import describe, read_json, text_config
+from apex_quant.checkpoint import CONFIG, describe, read_json, text_config
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf import write_file
 from apex_quant.gguf.types import GGMLType, ggml_type
+from apex_quant.hub_checkpoint import hub_checkpoint
 from apex_quant.model import ModelFacts, Role, TensorRole, zone_rule
 from apex_quant.other_python import code_command, file_command
 from apex_quant.recipe.mixes import MIXES, mix_name
@@ -142,11 +143,13 @@ def convert_mlx(
     predicate_only: bool = False,
     python: str | Path | None = None,
     say: Callable[[str], None] | None = None,
+    progress: Callable[[hub.HubProgress], None] | None = None,
 ) -> MlxConversion:
     """Write OUT.mlx.json and OUT.mlx.py, and with mlx-lm the model into the folder `out`.
 
-    The predicate is written even where the conversion cannot run. Raises UsageError, InputError, ResourceError without
-    mlx-lm, NativeError when it fails; then there is no folder.
+    `progress` is told of the download of a hub id, `say` gets mlx-lm's log. The predicate is written even where the
+    conversion cannot run. Raises UsageError, InputError, ResourceError without mlx-lm, NativeError when it fails; then
+    there is no folder.
     """
     start = time.monotonic()
     target = Path(out)
@@ -154,11 +157,11 @@ def convert_mlx(
         raise UsageError(f"{target} exists already", hint="mlx-lm wants a new folder")
     directory = Path(source)
     if not directory.exists() and hub.HUB_ID.fullmatch(str(source)):
-        directory = hub.download(str(source), revision=revision)
+        directory = hub_checkpoint(str(source), revision, progress=progress).folder
     elif revision is not None:
         raise UsageError("--revision concerns a download, and the source is a directory")
     checkpoint = describe(directory)
-    table = predicate(read_json(directory / "config.json"), tier)
+    table = predicate(read_json(directory / CONFIG), tier)
     files = [target.with_name(target.name + suffix) for suffix in (".mlx.json", ".mlx.py")]
     target.parent.mkdir(parents=True, exist_ok=True)
     for file, text in zip(files, (json.dumps(table, indent=1) + "\n", program(table)), strict=True):

@@ -7,6 +7,7 @@ names the state that was compared: when somebody else wrote in between, everythi
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from apex_quant.errors import InputError, ResourceError, UsageError
-from apex_quant.hub import HubFile, HubProgress, Repository, find_repository, sha256_of
+from apex_quant.hub import HubFile, HubProgress, Repository, find_repository, matches, sha256_of
 from apex_quant.hub_access import TRIES, explained, first_line, has_token, library, page, pause, reason, rest, retried
 from apex_quant.publishable import SUMS, Kind, LocalFile, Model, publishable, results_of
 
@@ -93,7 +94,10 @@ class _Content:
     size: int
     sha256: str
     file: LocalFile | None
-    data: bytes | None = None
+    data: bytes = b""
+
+    def opened(self) -> io.BufferedIOBase:
+        return io.BytesIO(self.data) if self.file is None else self.file.file.open("rb")
 
 
 def publish(
@@ -230,19 +234,12 @@ def _compared(contents: Sequence[_Content], there: Repository | None) -> tuple[P
 
 
 def _state(content: _Content, there: HubFile | None) -> State:
-    """By size first, then by the hash that the hub has: sha256 of large files, git's SHA-1 of the others."""
+    """By size first, then by the hash that the hub has."""
     if there is None:
         return "new"
-    if there.size != content.size:
+    if there.size != content.size or (there.sha256 is None and content.size > _MOST_BLOB):
         return "differs"
-    if there.sha256 is not None:
-        return "equal" if there.sha256 == content.sha256 else "differs"
-    if there.blob is None or content.size > _MOST_BLOB:
-        return "differs"
-    data = content.data if content.file is None else content.file.file.read_bytes()
-    assert data is not None
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    return "equal" if there.blob == blob else "differs"
+    return "equal" if matches(there, content.size, content.opened, content.sha256) else "differs"
 
 
 def _refuse_differing(files: Sequence[PublishedFile], repo: str, replace: bool) -> None:

@@ -16,9 +16,17 @@ for name in ("outfile", "outtype", "model-name"):
 for name in ("mmproj", "no-nextn"):
     parser.add_argument("--" + name, action="store_true")
 given = parser.parse_args()
+if given.no_nextn:
+    sys.exit("ERROR:hf-to-gguf:--mtp / --no-nextn are not supported for TinyForCausalLM")
 out = given.outfile.format(ftype="bf16")
 print("INFO:hf-to-gguf:blk.0.attn_q.weight,  torch.bfloat16 --> BF16, shape = {8, 8}", file=sys.stderr)
 print("WARNING:hf-to-gguf:something odd", file=sys.stderr)
+try:
+    from conversion import get_model_class
+except ImportError:
+    pass
+else:
+    print("no_mtp=" + str(getattr(get_model_class("Tiny", mmproj=given.mmproj), "no_mtp", False)), file=sys.stderr)
 todo = (given.model / "do").read_text() if (given.model / "do").exists() else "copy"
 if todo == "hang":
     pathlib.Path(out).write_bytes(b"GGUF")
@@ -40,8 +48,8 @@ TEXT_MODEL_MAP: dict[str, str] = {"Qwen3_5MoeForCausalLM": "qwen"}
 MMPROJ_MODEL_MAP: dict[str, str] = {"Qwen3VLForConditionalGeneration": "qwen3vl"}
 
 
-def get_model_class(name: str) -> type:
-    return type(name, (), {})
+def get_model_class(name: str, mmproj: bool = False) -> type:
+    return type(name, (), {"supports_mtp_export": not mmproj})
 """
 FILES = {
     "convert_hf_to_gguf.py": SCRIPT,

@@ -143,6 +143,7 @@ def test_broken_json(tmp_path: Path, text: bytes) -> None:
         b'{"a": {"dtype": "BF16", "shape": [-1], "data_offsets": [0, 0]}}',
         b'{"a": {"dtype": "BF16", "shape": [1e400], "data_offsets": [0, 0]}}',
         b'{"a": {"dtype": "BF16", "shape": ["x"], "data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "BF16", "shape": [1, 1, 1, 1, 1, 1, 1, 1, 1], "data_offsets": [0, 2]}}',
     ],
 )
 def test_hostile_safetensors_headers(tmp_path: Path, header: bytes) -> None:

@@ -13,22 +13,27 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from apex_quant import convert as module
-from apex_quant import hub
 from apex_quant.cache import cache_folder
 from apex_quant.checkpoint import describe
 from apex_quant.cli.convert import convert as command
-from apex_quant.convert import ConvertProgress, convert
-from apex_quant.converter_python import VARIABLE, ConverterPython, find_python, probe
+from apex_quant.cli.convert import convert_mlx as mlx_command
+from apex_quant.convert import convert
+from apex_quant.converter_python import VARIABLE, ConverterPython, find_python, probe, set_up
 from apex_quant.converter_source import SDIST_SHA256, Converter, find_converter, unpack
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError, UsageError
+from apex_quant.hub import HubProgress
+from apex_quant.mlx import convert_mlx
 from apex_quant.version import LIBRARY_VERSION
 from tests.convert.fake_sdist import unpacked, write_sdist
 from tests.convert.test_checkpoint import make
 from tests.helpers.random_models import write_random_gguf
+from tests.hub.conftest import hub, waits  # noqa: F401 -- fixtures
+from tests.hub.mock import MockHub, Repo
 
 Made = Callable[..., Path]
 
@@ -50,7 +55,7 @@ def test_the_pinned_release_has_a_hash() -> None:
 
 
 def test_a_conversion(checkpoint: Path) -> None:
-    events: list[ConvertProgress] = []
+    events: list[Any] = []
     lines: list[str] = []
     made = convert(checkpoint, progress=events.append, say=lines.append)
     assert made.path == Path("Tiny-MoE-BF16.gguf")
@@ -143,24 +148,123 @@ def test_methods_that_the_pinned_converter_does_not_read(checkpoint: Path) -> No
         module.check(describe(folder), pinned)
 
 
-def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its configuration first: no weight of what the converter does not know, and all of one commit."""
-    asked: list[tuple[str, str | None, tuple[str, ...] | None]] = []
-    commit = checkpoint.rename(checkpoint.with_name("c0ffee"))
+def upload(server: MockHub, checkpoint: Path, **more: bytes) -> None:
+    """The checkpoint, what other programs read, and `more` by path, as a repository."""
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    other = ("consolidated.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "original/model-1.pth")
+    files |= dict.fromkeys((*other, "Name-Q4_K_M.gguf", "onnx/model.onnx"), b"never asked for")
+    server.repos["org/Name-1B"] = Repo(files=files | more)
 
-    def download(repo: str, *, revision: str | None = None, patterns: tuple[str, ...] | None = None) -> Path:
-        asked.append((repo, revision, patterns))
-        return commit
 
-    monkeypatch.setattr(hub, "download", download)
-    assert convert("org/Name-1B", revision="v1").path.name == "Name-1B-BF16.gguf"
-    assert asked == [("org/Name-1B", "v1", ("config.json",)), ("org/Name-1B", "c0ffee", None)]
-    asked.clear()
-    config = json.loads((commit / "config.json").read_text())
-    (commit / "config.json").write_text(json.dumps({**config, "architectures": ["OtherForCausalLM"]}))
+@pytest.fixture
+def from_hub(checkpoint: Path, hub: MockHub, monkeypatch: pytest.MonkeyPatch) -> MockHub:  # noqa: F811
+    """A hub with the checkpoint; the stand-in for the converter finds what it copies."""
+    shutil.copyfile(checkpoint / "result.gguf", checkpoint / "result.json")
+    upload(hub, checkpoint)
+    script = Path(os.environ["LLAMA_CPP_DIR"]) / "convert_hf_to_gguf.py"
+    script.write_text(script.read_text().replace("result.gguf", "result.json"))
+    return hub
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_hub_id_is_downloaded(from_hub: MockHub, checkpoint: Path) -> None:
+    """What a conversion reads, of one commit and of the better form, with progress; nothing else."""
+    events: list[Any] = []
+    made = convert("org/Name-1B", revision="v1", progress=events.append)
+    assert made.path.name == "Name-1B-BF16.gguf"
+    commit = from_hub.repos["org/Name-1B"].commit
+    assert made.checkpoint.path.name == commit
+    came = {path.name for path in made.checkpoint.path.rglob("*") if path.is_file()}
+    assert came == {path.name for path in checkpoint.iterdir()} - {"result.gguf"}
+    assert from_hub.count(r"GET /api/models") == 1
+    downloads = [event for event in events if isinstance(event, HubProgress)]
+    assert downloads[-1].done == downloads[-1].total > 0
+
+
+@pytest.mark.usefixtures("waits")
+def test_parts_in_folders_and_names_that_only_an_index_knows(from_hub: MockHub, checkpoint: Path) -> None:
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    for number in (1, 2):
+        (checkpoint / f"model-0000{number}-of-00002.safetensors").rename(checkpoint / f"pytorch_{number}.safetensors")
+    names = {name: "pytorch_" + file[10] + ".safetensors" for name, file in index["weight_map"].items()}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    upload(from_hub, checkpoint, **{"1_Dense/model.safetensors": b"dense"})
+    made = convert("org/Name-1B")
+    assert made.checkpoint.shards == ("pytorch_1.safetensors", "pytorch_2.safetensors")
+    assert (made.checkpoint.path / "1_Dense/model.safetensors").read_bytes() == b"dense"
+
+
+@pytest.mark.usefixtures("waits")
+def test_no_weight_of_what_cannot_be_converted_is_downloaded(from_hub: MockHub) -> None:
+    files = from_hub.repos["org/Name-1B"].files
+    config = json.loads(files["config.json"])
+    kept = dict(files)
+    files["config.json"] = json.dumps({**config, "architectures": ["OtherForCausalLM"]}).encode()
     with pytest.raises(InputError, match=r"org/Name-1B: .* does not convert OtherForCausalLM"):
         convert("org/Name-1B")
-    assert len(asked) == 1
+    files |= kept
+    del files["model-00002-of-00002.safetensors"]
+    with pytest.raises(InputError, match=r"org/Name-1B: model-00002-of-00002\.safetensors is not there"):
+        convert("org/Name-1B")
+    del files["config.json"]
+    for command_ in (convert, lambda name: convert_mlx(name, "out")):
+        with pytest.raises(InputError, match=r"org/Name-1B: holds no config\.json"):
+            command_("org/Name-1B")
+    assert from_hub.count(r"GET .*(safetensors|bin|pth|gguf|onnx)$") == 0
+
+
+@pytest.mark.usefixtures("waits")
+def test_mlx_downloads_the_same(from_hub: MockHub) -> None:
+    mlx_command("org/Name-1B", Path("out"), predicate_only=True)
+    assert from_hub.count(r"resolve/\w+/(consolidated|adapter|pytorch|original|onnx|Name)") == 0
+    assert from_hub.count(r"GET .*model-0000[12]-of-00002\.safetensors") == 2
+
+
+@pytest.mark.parametrize("mmproj", [False, True])
+def test_without_nextn(checkpoint: Path, mmproj: bool) -> None:
+    """Left out of the architectures that let it; all others, and projectors, are converted as they are."""
+    config = {"vision_config": {"depth": 1}, "architectures": ["Qwen3VLForConditionalGeneration"]} if mmproj else {}
+    make(checkpoint, config, mtp__fc__weight=(2, 2))
+    for nextn in (True, False):
+        lines: list[str] = []
+        convert(checkpoint, "x.gguf", nextn=nextn, mmproj=mmproj, say=lines.append, force=True)
+        assert f"no_mtp={not nextn and not mmproj}" in lines
+    table = Path(os.environ["LLAMA_CPP_DIR"]) / "conversion/__init__.py"
+    table.write_text(table.read_text().replace("not mmproj", "False"))
+    write_random_gguf(
+        checkpoint / "result.gguf", "qwen3moe", layers="MM", metadata={"qwen3moe.nextn_predict_layers": 1}
+    )
+    made = convert(checkpoint, "x.gguf", nextn=False, mmproj=mmproj, force=True)
+    assert any("the NextN blocks are kept" in warning for warning in made.warnings)
+
+
+def test_an_old_checkout_is_asked_itself(checkpoint: Path) -> None:
+    """Without a package of classes there is only the script's own option."""
+    shutil.rmtree(Path(os.environ["LLAMA_CPP_DIR"]) / "conversion")
+    with pytest.raises(InputError, match="no-nextn are not supported"):
+        convert(checkpoint, "x.gguf", nextn=False)
+    convert(checkpoint, "x.gguf")
+
+
+PYTHON = """#!/bin/sh
+case "$*" in
+  *" venv "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python";;
+  *" pip "*) [ -z "$PYTHONPATH" ] || { echo "error: satisfied by $PYTHONPATH"; exit 1; };;
+  *) echo '{"sys": "1"}';;
+esac
+"""
+
+
+def test_setting_up_sees_no_other_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip takes as there already because of PYTHONPATH, the converter would not find."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", "/some/modules")
+    assert set_up(say=lambda _: None).versions == {"sys": "1"}
 
 
 def test_missing_needs_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,3 +334,10 @@ def test_the_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "layers: 2" in capsys.readouterr().out
     with pytest.raises(UsageError, match="name a checkpoint"):
         command(None)
+    for source, more in (
+        ("org/Name-1B", {}),
+        (str(checkpoint), {"revision": "v1"}),
+        (str(checkpoint), {"setup": True}),
+    ):
+        with pytest.raises(UsageError, match="--describe looks at a directory that is there"):
+            command(source, describe=True, **more)

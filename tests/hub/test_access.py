@@ -56,7 +56,7 @@ def test_retry_after() -> None:
     assert soon is not None
     assert 50 < soon <= 60
     assert pause(Answer(503, Retry_After=format_datetime(datetime.now(UTC) - timedelta(days=1))), 0) == 0.0
-    for odd in ("", "soon", "-5", "1e9", "²"):
+    for odd in ("", "soon", "-5", "1e9", "²", "Mon, 01 Jan 99999999999 00:00:00 GMT"):
         assert pause(Answer(429, Retry_After=odd), 0) == 2.0
 
 

@@ -73,8 +73,8 @@ def test_passing_failures(hub: MockHub, repo: Repo, request_: str, fault: dict[s
         assert hub.count("RANGE .*00001-of-00002.safetensors from 30000") == 1  # went on in the middle
 
 
-def test_a_corrupted_download(hub: MockHub, repo: Repo) -> None:
-    name = "model-00001-of-00002.safetensors"
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json"])
+def test_a_corrupted_download(hub: MockHub, repo: Repo, name: str) -> None:
     hub.corrupt[name] = 1
     told: list[HubProgress] = []
     came = snapshot(REPO, progress=told.append)
@@ -85,9 +85,16 @@ def test_a_corrupted_download(hub: MockHub, repo: Repo) -> None:
     (came.folder / name).resolve().unlink()
     (came.folder / name).unlink()
     hub.corrupt[name] = 2
-    assert "corrupted: its sha256 is not" in failed(InputError)
+    assert "corrupted: its hash is not" in failed(InputError)
     assert not (came.folder / name).exists()  # nobody takes it for good later
     assert (download(REPO) / name).read_bytes() == FILES[name]
+
+
+def test_a_file_that_was_changed_in_the_cache(hub: MockHub, repo: Repo) -> None:
+    """Also a small one: a configuration that another program wrote to is not the repository's."""
+    folder = download(REPO)
+    (folder / "config.json").resolve().write_bytes(b"{}")
+    assert (download(REPO) / "config.json").read_bytes() == FILES["config.json"]
 
 
 def test_gated(hub: MockHub, repo: Repo) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from apex_quant.cli.pipeline import setting
 from apex_quant.cli.run_init import write_config
 from apex_quant.errors import InputError, UsageError
 from apex_quant.pipeline import describe, migration
@@ -287,6 +288,32 @@ def test_billion_laughs(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     assert "more than 2000 values, aliases included" in refused(tmp_path, "\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("name=2024-13-45", "'2024-13-45' is a timestamp to YAML"),
+        ("threads=!!int x", "'x' is not what its tag says"),
+        ("calibrate.seed=0b_", "'0b_' is not what its tag says"),
+        ("threads=" + "9" * 5000, "a text of 5000 characters"),
+        ("tiers=" + "[" * 5000, "nested more than 16 levels deep"),
+        ("tiers={a: 1, a: 2}", "'a' is given twice"),
+        ("name=\udc80", "the character 0xdc80 is not allowed"),
+        ("tiers=[a", "not YAML"),
+        ("=3", "is not KEY=VALUE"),
+    ],
+)
+def test_values_of_the_command_line_are_read_as_those_of_files(word: str, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        setting(word)
+    assert len(caught.value.message) < 300
+
+
+def test_values_of_the_command_line() -> None:
+    for word, value in (("", None), ("100k", "100k"), ("3", 3), ("[a, b]", ["a", "b"]), ("{a: 1}", {"a": 1})):
+        assert setting(f"key={word}") == ("key", value)
+    assert setting("key=a: b") == ("key", {"a": "b"})
 
 
 def test_aliases_may_be_used(tmp_path: Path) -> None:

@@ -215,7 +215,11 @@ def test_the_hub_tells_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     from apex_quant.hub import HubFile, Repository
 
     files = {
-        "a/b": [HubFile("x-1.safetensors", 6 * 10**9, None, None), HubFile("config.json", 900, None, None)],
+        "a/b": [
+            HubFile("model-1.safetensors", 6 * 10**9, None, None),
+            HubFile("consolidated.safetensors", 6 * 10**9, None, None),  # the same weights in another form
+            HubFile("config.json", 900, None, None),
+        ],
         "c/d": [HubFile("Q4/m-Q4_K_M.gguf", 10**9, None, None), HubFile("m-Q8_0.gguf", 2 * 10**9, None, None)],
     }
     monkeypatch.setattr(

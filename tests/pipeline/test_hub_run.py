@@ -75,7 +75,7 @@ def test_a_repository_of_gguf_files_is_no_checkpoint(hub: MockHub, tmp_path: Pat
     hub.repos["org/Tiny"] = Repo(files={"Tiny-BF16.gguf": b"GGUF", "config.json": b"{}"})
     with pytest.raises(InputError, match="holds GGUF files, and no checkpoint") as caught:
         only_source(tmp_path / "work")
-    assert caught.value.hint == "--set source_files=PATTERN names the full-precision one: Tiny-BF16.gguf"
+    assert caught.value.hint == "apex run --set source_files=PATTERN takes the full-precision one: Tiny-BF16.gguf"
 
 
 def test_what_converting_needs_is_looked_at_first(

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apex_quant.errors import InputError, UsageError
 from apex_quant.pipeline import jobs, steps_checks
+from apex_quant.pipeline.config import make_config
 from apex_quant.pipeline.smoke import CEILINGS, ceiling, generate_once, judge, looping, written_before
 from apex_quant.publishable import publishable
 from apex_quant.recipe.tiers import tier_names
@@ -82,6 +84,14 @@ def test_the_full_model_writes_once(finished: Path, tmp_path: Path) -> None:
         assert written_before(kept, *other) is None
     kept.write_text(json.dumps({"model": "digest"}))
     assert written_before(kept, "digest", prompts, 4) is None
+
+
+def test_a_prompt_without_a_token(finished: Path, tmp_path: Path) -> None:
+    """There is nothing to go on from: that is the configuration's fault, and said so."""
+    with pytest.raises(UsageError, match=r"verify\.prompts"):
+        make_config({"source": "a/b", "verify": {"prompts": ["The", ""]}})
+    with pytest.raises(InputError, match=r"verify\.prompts: '' has no token in this vocabulary"):
+        generate_once(finished / "Small-BF16.gguf", "d", tmp_path / "k.json", ("",), 4, SessionOptions(threads=1))
 
 
 def test_a_file_that_writes_garbage_is_quarantined(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ from apex_quant.cli import one_line, safe
 from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.options import Force, Json
 from apex_quant.cli.progress import Bar
+from apex_quant.cli.publish import show_hub
 from apex_quant.errors import UsageError
 
 if TYPE_CHECKING:
     from apex_quant.convert import Conversion, ConvertProgress
+    from apex_quant.hub import HubProgress
     from apex_quant.mlx import MlxConversion
 
 
@@ -31,10 +33,15 @@ Log = Annotated[bool, typer.Option("--log", help="show the converter's whole log
 
 
 class ConvertBar(Bar):
-    """Call it with each ConvertProgress."""
+    """Call it with each HubProgress and ConvertProgress."""
 
-    def __call__(self, event: ConvertProgress) -> None:
-        self.show(event.share, event.detail, what=f"{self.what} ({event.phase})")
+    def __call__(self, event: ConvertProgress | HubProgress) -> None:
+        from apex_quant.hub import HubProgress
+
+        if isinstance(event, HubProgress):
+            show_hub(self, event)
+        else:
+            self.show(event.share, event.detail, what=f"{self.what} ({event.phase})")
 
 
 def _say(line: str) -> None:
@@ -79,6 +86,11 @@ def convert(
     if source is None and (not setup or describe):
         raise UsageError("name a checkpoint directory or a hub id", hint="apex convert HF_DIR -o model-BF16.gguf")
     if describe and source is not None:
+        if setup or revision is not None or not Path(source).exists():
+            raise UsageError(
+                "--describe looks at a directory that is there, and does nothing else",
+                hint="download a hub id first: hf download ORG/NAME --local-dir DIR",
+            )
         found = look(source)
         if as_json:
             print_json(found.to_json())
@@ -151,15 +163,23 @@ def convert_mlx(
     """A Hugging Face checkpoint to MLX, with a tier's bits in each layer."""
     from apex_quant.mlx import convert_mlx as run
 
-    done = run(
-        source,
-        out,
-        tier=tier,
-        revision=revision,
-        predicate_only=predicate_only,
-        python=python,
-        say=_say if log else None,
-    )
+    with ConvertBar(f"converting {Path(source).name}", quiet=log) as bar:
+
+        def say(line: str) -> None:
+            bar.stop()  # mlx-lm has bars of its own
+            if log:
+                _say(line)
+
+        done = run(
+            source,
+            out,
+            tier=tier,
+            revision=revision,
+            predicate_only=predicate_only,
+            python=python,
+            say=say,
+            progress=bar,
+        )
     if as_json:
         print_json(done.to_json())
     else:

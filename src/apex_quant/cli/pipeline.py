@@ -131,7 +131,7 @@ def run(
     options: dict[str, Any] = {_KEYS[key]: value for key, value in given.items()}
     if tiers:
         options["tiers"] = ",".join(tiers)
-    options |= dict(map(_setting, set_ or ()))
+    options |= dict(map(setting, set_ or ()))
     from apex_quant.pipeline.engine import configured
     from apex_quant.pipeline.engine import run as pipeline
 
@@ -167,17 +167,17 @@ def status(
         show_status(console_for(False), found)
 
 
-def _setting(word: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as YAML has it. Raises UsageError."""
-    import yaml
+def setting(word: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as a configuration's YAML has it. Raises UsageError."""
+    from apex_quant.pipeline.yaml_text import parse_value
 
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {word!r} is not KEY=VALUE, such as calibrate.tokens=100k")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {word!r}: {value!r} is not a YAML value") from None
+        return key, parse_value(value, f"--set {word[:80]!r}")
+    except InputError as error:
+        raise UsageError(error.message, hint=error.hint) from None
 
 
 class RunProgress:

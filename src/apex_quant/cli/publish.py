@@ -34,11 +34,16 @@ class HubBar(Bar):
         super().__init__("", quiet=quiet)
 
     def __call__(self, event: HubProgress) -> None:
-        if event.note:
-            self.line(event.note)
-            return
-        size = f", {event.total / 1e9:.2f} GB" if event.total else ""
-        self.show(event.done / max(event.total, 1), event.file + size, what=_WORDS[event.phase])
+        show_hub(self, event)
+
+
+def show_hub(bar: Bar, event: HubProgress) -> None:
+    """An upload's or download's event, or its note."""
+    if event.note:
+        bar.line(event.note)
+        return
+    size = f", {event.total / 1e9:.2f} GB" if event.total else ""
+    bar.show(event.done / max(event.total, 1), event.file + size, what=_WORDS[event.phase])
 
 
 def publish(

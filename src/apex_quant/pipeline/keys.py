@@ -57,6 +57,7 @@ Size = Annotated[int, checked(as_size), Field(gt=0)]
 Count = Annotated[int, checked(as_count), Field(ge=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(listed)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(wrapped)]
+Prompts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(wrapped)]
 PhaseName = Annotated[Phase, checked(choices(PHASES, "phase", PHASES_THERE))]
 PhaseNames = Annotated[tuple[PhaseName, ...], BeforeValidator(listed)]
 Repo = Annotated[str, checked(matching(HUB_ID, "of the form ORG/NAME"))]
@@ -177,7 +178,7 @@ class Verify(Section):
 
     rebuild: Literal["none", "sample", "all"] = key("sample", "encode tensors again from the source and compare bytes")
     generate: int = key(64, "tokens to generate for each prompt; 0: none", ge=0, le=4096)
-    prompts: Texts = key((), "instead of the three built-in ones")
+    prompts: Prompts = key((), "instead of the three built-in ones")
     kld_ceiling: dict[str, Annotated[float, Field(gt=0)]] = key(
         {}, "highest mean KLD by tier, where it should differ from the built-in ones"
     )

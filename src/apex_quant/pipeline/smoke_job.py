@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from apex_quant.errors import InputError
 from apex_quant.evaluation.worker import text_of
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.options import SessionOptions
 from apex_quant.runtime.session import Session, library
+from apex_quant.runtime.tensors import I32
 
 MOST_PROMPT = 512
 """Tokens of a prompt that are read; of a longer one the last."""
@@ -31,10 +33,18 @@ def run(payload: Json, emit: Emit, stop: threading.Event, fds: Sequence[int]) ->
     return {"written": written}
 
 
-def _generate(session: Session, prompt: str, count: int, stop: threading.Event) -> Json:
-    lib, _ = library()
+def _read(session: Session, prompt: str) -> I32:
+    """Tokens of a prompt. InputError for one of which the vocabulary makes none."""
     special = bool(session.vocabulary and session.vocabulary.add_bos)
     tokens = session.tokenize(prompt, add_special=special, parse_special=False)[-MOST_PROMPT:]
+    if not len(tokens):
+        raise InputError(f"verify.prompts: {prompt[:40]!r} has no token in this vocabulary", hint="give it words")
+    return tokens
+
+
+def _generate(session: Session, prompt: str, count: int, stop: threading.Event) -> Json:
+    lib, _ = library()
+    tokens = _read(session, prompt)
     outputs = np.zeros(len(tokens), np.bool_)
     outputs[-1] = True
     session.decode(tokens[None], outputs=outputs)

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final, Literal
 
+from apex_quant.checkpoint import WEIGHTS
 from apex_quant.errors import ApexError
 from apex_quant.evaluation.active import active_bytes
 from apex_quant.gguf import GGUFModel, open_model
@@ -188,13 +189,19 @@ def _of_hub(config: RunConfig, notes: list[str], *, online: bool) -> SourceFacts
             return unknown
         basis = "sizes of files on the hub, taken as 16-bit weights of a MoE"
         return _of_weights(config, "hub", fitting // 2, fitting, fitting, is_moe=True, basis=basis)
-    safe = sum(file.size for file in there.files if file.path.endswith(".safetensors"))
-    pickled = sum(file.size for file in there.files if file.path.endswith((".bin", ".pth")))
-    if not (stored := safe or pickled):
+    if not (stored := _stored_bytes(there.files)):
         notes.append(f"{config.source}: no weights are listed there")
         return unknown
     basis = "sizes of files on the hub, taken as 16-bit weights of a MoE"
     return _of_weights(config, "hub", stored // 2, stored, stored, is_moe=True, basis=basis)
+
+
+def _stored_bytes(files: Sequence[HubFile]) -> int:
+    """Bytes of the weights in the form that is converted; what its index might name otherwise is not read for this."""
+    for prefix, suffix in (*WEIGHTS, ("", ".safetensors")):
+        if found := sum(one.size for one in files if one.path.startswith(prefix) and one.path.endswith(suffix)):
+            return found
+    return 0
 
 
 def _nothing(config: RunConfig) -> dict[str, int | None]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_quant.gguf import shard_name
+from apex_quant.gguf import shard_name, write_file
 from apex_quant.pipeline.context import Context, PhaseEvent
 from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.state import key_of
@@ -53,7 +53,7 @@ def recipe_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
                 context.model().path, one.asked, imatrix=matrix(context, one.weighted),
                 options=plan_options(context.config),
             )  # fmt: skip
-            out.write_text(made.recipe.text(), encoding="utf-8")
+            write_file(out, made.recipe.text())
             file_name = made.file_name
         else:
             certificate, facts = _allocated(context, item, out)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from apex_quant.checkpoint import architectures, read_json
+from apex_quant.checkpoint import CARD, CONFIG, architectures, conversion_files, read_json
 from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.reader import SHARD_NAME
@@ -20,12 +19,6 @@ from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.state import STATE, digest_of, located
-
-# of a hub repository, what a conversion reads; the pickled weights only where there are no others
-PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-PICKLED: Final = ("*.bin", "*.pth", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-
-CONFIG: Final = "config.json"
 
 
 def source_items(context: Context) -> list[Item]:
@@ -123,23 +116,19 @@ def _gguf(context: Context, item: Item) -> Done:
 
 
 def checkpoint_files(folder: Path, work: Path) -> list[Path]:
-    """The files that a conversion reads: those that a download would bring. The folders of runs are none of them."""
+    """The files that decide a conversion: those that a download would bring, without the card, which adds to the
+    metadata alone and is written anew all the time. The folders of runs are none of them."""
     found = []
     for place, folders, names in os.walk(folder):
         here = Path(place)
         folders[:] = [n for n in folders if not n.startswith(".") and not _is_work(here / n, work)]
         found += [here / name for name in names if not name.startswith(".") and (here / name).is_file()]
-    patterns = weight_patterns(path.name for path in found)
-    return sorted(path for path in found if any(fnmatchcase(path.name, pattern) for pattern in patterns))
+    there = {path.relative_to(folder).as_posix(): path for path in found}
+    return sorted(there[name] for name in conversion_files(folder, there) if name in there and name != CARD)
 
 
 def _is_work(folder: Path, work: Path) -> bool:
     return folder.resolve() == work or (folder / STATE).is_file()
-
-
-def weight_patterns(names: Iterable[str]) -> tuple[str, ...]:
-    """Which files of a checkpoint count: pickled weights only where there are no others."""
-    return PATTERNS if any(name.endswith(".safetensors") for name in names) else PICKLED
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -159,25 +148,13 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def _downloaded(context: Context, item: Item) -> Done:
     """A checkpoint's files, at one commit. InputError, before the weights, for what cannot be converted."""
-    from apex_quant.hub import repository, snapshot
-    from apex_quant.hub_access import explained, retried
+    from apex_quant.hub_checkpoint import hub_checkpoint
 
     repo, revision = item.parameters["repo"], item.parameters["revision"]
     if item.parameters["files"] is not None:
         return _downloaded_gguf(context, item)
-    with explained(repo):
-        there = retried(lambda: repository(repo, context.pinned(repo, revision)))
-    names = [file.path for file in there.files]
-    models = [name for name in names if name.endswith(".gguf")]
-    if models and not any(name.endswith((".safetensors", ".bin", ".pth")) for name in names):
-        raise InputError(
-            f"{repo}: holds GGUF files, and no checkpoint to convert",
-            hint=f"--set source_files=PATTERN names the full-precision one: {', '.join(models[:5])}",
-        )
-    if CONFIG in names:
-        first = snapshot(repo, revision=there.commit, patterns=(CONFIG,), progress=context.tell)
-        check_convertible(context, read_json(first.folder / CONFIG))
-    came = snapshot(repo, revision=there.commit, patterns=weight_patterns(names), progress=context.tell)
+    at = context.pinned(repo, revision)
+    came = hub_checkpoint(repo, at, check=partial(check_convertible, context), progress=context.tell)
     paths = [came.folder / file.path for file in came.files]
     for path, file in zip(paths, came.files, strict=True):
         if file.sha256 is not None:  # the download has just compared it

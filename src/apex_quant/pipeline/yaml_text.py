@@ -50,6 +50,20 @@ def read_yaml(path: str | Path) -> Located:
 
 def parse_yaml(text: str, where: str) -> Located:
     """The mapping in a text; `where` names it in errors. An empty text is an empty mapping."""
+    values, lines = _parsed(text, where)
+    if values is None and not lines:
+        return Located({}, {})
+    if not isinstance(values, dict):
+        raise InputError(f"{where}, line 1: must be lines of KEY: VALUE", hint="apex run --init writes an example")
+    return Located(values, lines)
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A text that is one value of any kind; null where it is empty. Raises InputError as parse_yaml."""
+    return _parsed(text, where)[0]
+
+
+def _parsed(text: str, where: str) -> tuple[Any, dict[Key, int]]:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -73,17 +87,14 @@ def parse_yaml(text: str, where: str) -> Located:
     try:
         root = loader.get_single_node()
         if root is None:
-            return Located({}, {})
+            return None, {}
         tree = _Tree(where, loader)
-        values = tree.value(root, ())
+        return tree.value(root, ()), tree.lines
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{where}{line}: not YAML: {str(error.problem)[:200]}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{where}, line 1: must be lines of KEY: VALUE", hint="apex run --init writes an example")
-    return Located(values, tree.lines)
 
 
 def _printable(text: str, where: str) -> str:
