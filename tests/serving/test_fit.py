@@ -12,6 +12,7 @@ from apex_quant.cli.fit import layers
 from apex_quant.errors import GGUFError, InputError, NativeError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.tools import split
+from apex_quant.model import kv_rules
 from apex_quant.model.kv_cache import kv_cache
 from apex_quant.serving import fit as module
 from apex_quant.serving.fit import find_models, fit
@@ -37,6 +38,7 @@ _ASKS = (
     "test_the_embedded_model_in_main_memory",
     "test_without_the_library",
     "test_compute_buffers_are_each_files_own",
+    "test_a_cache_that_the_library_makes_otherwise_is_told",
 )
 
 
@@ -62,6 +64,18 @@ def test_the_embedded_model_in_main_memory() -> None:
     assert found.compute.error == 0
     assert option.device.total == 0
     assert json.dumps(found.to_json())
+
+
+def test_a_cache_that_the_library_makes_otherwise_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an architecture whose layers are not what the rules say; where they are, nothing is said."""
+    path = write_random_gguf(tmp_path / "m.gguf", "qwen35moe", sparse=True)
+    for ctx, parallel in ((100, 1), (512, 3)):
+        assert not any("the library makes" in line for line in fit(path, vram=0, ctx=ctx, parallel=parallel).warnings)
+    monkeypatch.delitem(kv_rules.RECURRENT, "qwen35moe")
+    found = fit(path, vram=0, ctx=512, type_k="f16")
+    (told,) = library_memory(path, [MemoryQuestion(512)])
+    counted = (found.options[0].host.kv + found.options[0].host.recurrent) / MIB
+    assert any(f"makes {told.kv_mib:,.2f} MiB" in line and f"{counted:,.2f} MiB" in line for line in found.warnings)
 
 
 def broken(folder: Path) -> Path:

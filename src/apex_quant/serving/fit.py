@@ -21,7 +21,7 @@ from apex_quant.gguf.reader import SHARD_NAME, GGUFModel
 from apex_quant.model.facts import NOT_MODELS, ModelFacts, facts
 from apex_quant.model.kv_cache import PAD, KVCache, LayerCache, kv_cache
 from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
-from apex_quant.serving.memory import MIB, MemoryQuestion, library_memory
+from apex_quant.serving.memory import MIB, LibraryMemory, MemoryQuestion, library_memory
 from apex_quant.serving.offload import Placement, Use, Weights, placements, use, weights
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ FORMULA_ERROR: Final = 0.45
 """Of the estimate of compute buffers: within this share of the library's figure for six architectures at real sizes."""
 DEVICE_ERROR: Final = 0.3
 """An allowance, not measured: compute buffers of a device against those of the processor; `reserve` covers it."""
+CACHE_ERROR: Final = 0.02
+"""MiB of each cache by which the library's figure, which it prints to 0.01, may be another."""
 MAX_SEQUENCES: Final = 256
 """LLAMA_MAX_SEQ: more at a time than this no context takes."""
 
@@ -44,11 +46,13 @@ MAX_SEQUENCES: Final = 256
 @dataclass(frozen=True, slots=True)
 class Compute:
     """Compute buffers: (context, bytes) in the order of the contexts, the one that was asked for among them. `error`:
-    as a share of the value, there."""
+    as a share of the value, there. `told`: all that the library said of the context that was asked for, where it was
+    asked for these types."""
 
     points: tuple[tuple[int, int], ...]
     source: str
     error: float
+    told: LibraryMemory | None = None
 
     def at(self, ctx: int) -> int:
         """Bytes at a context: those of a point, a line between two of them, the last point's share of more tokens
@@ -220,7 +224,9 @@ def fit(
                 )
             question = _Question(device, ram, ctx, parallel, ubatch, kept, offload_experts)
             where = weights(model)
-            options += [_option(model, known, where, pair, asked[shape][pair], question) for pair in possible]
+            made = [_option(model, known, where, pair, asked[shape][pair], question) for pair in possible]
+            warnings += [doubt for option in made if (doubt := _doubt(option)) is not None]
+            options += made
             if known.context_length and ctx > known.context_length:
                 warnings.append(f"{path.name}: was trained on {known.context_length} tokens at once, not {ctx}")
     if not languages:
@@ -325,6 +331,21 @@ def _option(
     )  # fmt: skip
 
 
+def _doubt(option: Option) -> str | None:
+    """A cache that the library would make another size than it is counted here: a newer library, or an architecture
+    whose rules are not known."""
+    told = option.compute.told
+    if told is None:
+        return None
+    counted = sum(layer.bytes for layer in option.cache) / MIB
+    if abs(counted - told.kv_mib) <= CACHE_ERROR * len(told.memory):
+        return None
+    return (
+        f"{option.name}: the library makes {told.kv_mib:,.2f} MiB of caches and states with {option.k}/{option.v}, "
+        f"counted are {counted:,.2f} MiB"
+    )
+
+
 def _choose(options: Sequence[Option], damage: Callable[[Option], Measured | None] | None) -> tuple[Option | None, str]:
     """Where damages are measured the smallest sum, else the largest file with a cache type that needs no measurement;
     of those wholly on the device, where some are, else of those that leave the fewest bytes in main memory."""
@@ -404,12 +425,15 @@ def compute_buffers(
         points = tuple((at, _formula(model, known, ubatch, at)) for at in contexts)
         guess = Compute(points, f"estimated, the library was not asked: {error.message}", FORMULA_ERROR)
         return dict.fromkeys(pairs, guess)
-    sizes = iter(one.compute_bytes for one in told)
-    found = {pair: tuple((at, next(sizes)) for at in contexts) for pair in asked}
+    answers = iter(told)
+    found = {pair: {at: next(answers) for at in contexts} for pair in asked}
     source = "the library's figure for this processor" + ("; another device's may differ" if device else "")
     return {
         pair: Compute(
-            found[other], source + (f", for {other.name}" if other != pair else ""), DEVICE_ERROR if device else 0.0
+            tuple((at, one.compute_bytes) for at, one in found[other].items()),
+            source + (f", for {other.name}" if other != pair else ""),
+            DEVICE_ERROR if device else 0.0,
+            found[other][ctx] if other == pair else None,
         )
         for pair, other in named.items()
     }
