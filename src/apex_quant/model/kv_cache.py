@@ -140,6 +140,12 @@ def kv_cache(
     return KVCache(tuple(rows), cells, streams, type_k, type_v, layers.note)
 
 
+def head_lengths(model: GGUFModel) -> dict[int, tuple[int, int]]:
+    """Values of a head of K and of V in each layer that attends; they differ between windowed and other layers."""
+    layers = _layers(facts(model), _Reader(model))
+    return {layer: layers.heads(layer) for layer in range(layers.count) if layers.attends(layer)}
+
+
 @dataclass(frozen=True, slots=True)
 class _Layers:
     """What the metadata says of each layer, as llama.cpp reads it."""
