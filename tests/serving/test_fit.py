@@ -78,6 +78,24 @@ def test_a_cache_that_the_library_makes_otherwise_is_told(tmp_path: Path, monkey
     assert any(f"makes {told.kv_mib:,.2f} MiB" in line and f"{counted:,.2f} MiB" in line for line in found.warnings)
 
 
+def test_devices_have_buffers_of_their_own(folder: Path) -> None:
+    """And each keeps its reserve; in main memory there is one processor."""
+    path = folder / "m-Q8_0.gguf"
+    one, two = (fit(path, vram=1 << 40, ctx=512, type_k="f16", devices=n) for n in (1, 2))
+    assert (one.reserve, two.reserve) == (module.RESERVE, 2 * module.RESERVE)
+    first, second = one.options[0].device, two.options[0].device
+    assert second.compute == 2 * first.compute > 0
+    assert second.total - first.total == first.compute
+    least = second.total + two.reserve
+    assert fit(path, vram=least, ctx=512, type_k="f16", devices=2).options[0].all_on_device
+    assert not fit(path, vram=least - 1, ctx=512, type_k="f16", devices=2).options[0].all_on_device
+    apart = [fit(path, vram=0, ctx=512, type_k="f16", devices=n).options[0].host for n in (1, 2)]
+    assert apart[0] == apart[1]
+    assert two.to_json()["devices"] == 2
+    with pytest.raises(UsageError, match="at least 1"):
+        fit(path, vram=1, devices=0)
+
+
 def broken(folder: Path) -> Path:
     made = folder / "broken"
     made.mkdir(exist_ok=True)

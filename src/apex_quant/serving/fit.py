@@ -118,6 +118,7 @@ class Fit:
 
     vram: int
     ram: int | None
+    devices: int
     ctx: int
     parallel: int
     reserve: int
@@ -134,7 +135,8 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "vram": self.vram, "ram": self.ram, "ctx": self.ctx, "parallel": self.parallel, "reserve": self.reserve,
+            "vram": self.vram, "ram": self.ram, "devices": self.devices, "ctx": self.ctx,
+            "parallel": self.parallel, "reserve": self.reserve,
             "options": [option.to_json() for option in self.options],
             "choice": None if self.choice is None else self.choice.to_json(), "reason": self.reason,
             "compute": {"bytes": self.compute.at(self.ctx), "error": self.compute.error, "source": self.compute.source},
@@ -147,6 +149,7 @@ def fit(
     *,
     vram: int,
     ram: int | None = None,
+    devices: int = 1,
     ctx: int = 32768,
     parallel: int = 1,
     type_k: str | None = None,
@@ -161,9 +164,10 @@ def fit(
 ) -> Fit:
     """Every file in `places` (files, or folders of them) with every pair of cache types, placed so that it fits.
 
-    `vram`, `ram`: bytes of the device and of main memory (0 and None: no device; main memory not checked); `ctx`:
-    tokens for each of `parallel` sequences; `reserve`: bytes of the device to leave free (default 1 GiB). `type_k` and
-    `type_v` fix one pair. `joint`: kv.json of `apex kv`, one or one for each file; `results`: those of `apex eval`.
+    `vram`, `ram`: bytes of the device and of main memory (0 and None: no device; main memory not checked); `devices`:
+    over which the layers and so `vram` are spread, each with compute buffers of its own; `ctx`: tokens for each of
+    `parallel` sequences; `reserve`: bytes of the devices to leave free (default 1 GiB of each). `type_k` and `type_v`
+    fix one pair. `joint`: kv.json of `apex kv`, one or one for each file; `results`: those of `apex eval`.
     With both the choice is the smallest sum of measured damages, and `joint` of the answer says whether more memory is
     better spent on weights or on the cache. Without `offload_experts` only whole layers leave the device (for servers
     that cannot place experts). `offered`: cache types of the server that is meant, by default those of this user's.
@@ -177,8 +181,10 @@ def fit(
         raise UsageError(
             f"{parallel} sequences of {ctx} tokens, {ubatch} together: at least 1, {MAX_SEQUENCES} sequences"
         )
+    if devices < 1:
+        raise UsageError("devices: at least 1, with 0 bytes where there is none")
     warnings: list[str] = []
-    kept = (RESERVE if vram else 0) if reserve is None else reserve
+    kept = (RESERVE * devices if vram else 0) if reserve is None else reserve
     device = vram
     if vram and kept >= vram:
         warnings.append(
@@ -222,7 +228,7 @@ def fit(
                 asked[shape] = compute_buffers(
                     model, known, ctx=ctx, parallel=parallel, ubatch=ubatch, pairs=possible, device=device > 0
                 )
-            question = _Question(device, ram, ctx, parallel, ubatch, kept, offload_experts)
+            question = _Question(device, devices, ram, ctx, parallel, ubatch, kept, offload_experts)
             where = weights(model)
             made = [_option(model, known, where, pair, asked[shape][pair], question) for pair in possible]
             warnings += [doubt for option in made if (doubt := _doubt(option)) is not None]
@@ -239,7 +245,9 @@ def fit(
         from apex_quant.serving.joint import weigh
 
         answer = weigh(options, choice, damages)
-    return Fit(vram, ram, ctx, parallel, kept, tuple(options), choice, reason, tuple(dict.fromkeys(warnings)), answer)
+    return Fit(
+        vram, ram, devices, ctx, parallel, kept, tuple(options), choice, reason, tuple(dict.fromkeys(warnings)), answer
+    )
 
 
 def find_models(places: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -277,6 +285,7 @@ def shown_name(path: Path) -> str:
 @dataclass(frozen=True, slots=True)
 class _Question:
     vram: int
+    devices: int
     ram: int | None
     ctx: int
     parallel: int
@@ -305,7 +314,8 @@ def _option(
     host_compute = 4 * known.n_embd * asked.ubatch  # the embedded tokens, float32
 
     def at(place: Placement, ctx: int) -> tuple[Use, Use]:
-        return use(where, cache(ctx), place, compute.at(ctx), host_compute)
+        each = asked.devices if place.gpu_layers else 1
+        return use(where, cache(ctx), place, compute.at(ctx) * each, host_compute)
 
     layers = where.counted
     every = list(placements(layers, experts=asked.experts and where.expert_bytes > 0, device=asked.vram > 0))
