@@ -20,15 +20,16 @@ from apex_quant.cli.kv import show_kv
 from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.evaluation import pertoken
 from apex_quant.evaluation.kv import KVResult, kv, load_kv
-from apex_quant.evaluation.kv_observe import CacheTap, rounding, stock_round_trip
+from apex_quant.evaluation.kv_observe import CacheTap, layer_rounding, rounding, stock_round_trip
 from apex_quant.evaluation.kv_summary import Measured, _divergence, assemble
 from apex_quant.evaluation.make_reference import make_reference
 from apex_quant.evaluation.token_job import EvaluationProgress
 from apex_quant.gguf import open_model
-from apex_quant.model.kv_cache import kv_cache
+from apex_quant.model.kv_cache import head_lengths, kv_cache
 from tests.calibration.stock import TEXT
 from tests.evaluation.stock_tokens import llama_perplexity, small_file
 from tests.helpers.cli import apex
+from tests.helpers.random_models import write_random_gguf
 
 ONE = SessionOptions(threads=1)
 CTX, CHUNKS = 32, 33
@@ -247,6 +248,41 @@ def test_heads_are_filled_up_where_rows_are_no_whole_blocks() -> None:
         nothing(x.astype(np.float32))
 
 
+def test_layers_have_heads_of_their_own_length(tmp_path: Path) -> None:
+    """Full layers of gemma4 have heads of 128, windowed ones rows of one head of 64: rounded with the other length, two
+    tokens would be turned into one another, and every layer's error would be another."""
+    path = write_random_gguf(tmp_path / "m.gguf", "gemma4", vocabulary=embedded_model(), vocab=10240, kv=1)
+    with open_model(path) as opened:
+        heads = head_lengths(opened)
+    assert {layer: pair[0] for layer, pair in heads.items()} == {0: 64, 1: 64, 2: 64, 3: 128, 4: 64, 5: 64, 6: 128}
+    made = kv(path, types=["q4_0"], pairs=(), ctx=(32,), chunks=8, text=[TEXT], speed=False, simulate="q4_0", out=None,
+              options=ONE)  # fmt: skip
+    layers = made.simulated[0]["predictions"][0]["layers"]
+    assert [one["layer"] for one in layers] == list(heads)
+    for one in layers:
+        assert 0 < one["k_error"] < 0.02
+        assert one["attention_error"] is not None  # none for any where one length was used for all
+
+
+def test_each_layer_is_rounded_with_its_own_heads() -> None:
+    x = np.random.default_rng(4).standard_normal((4, 128)).astype(np.float32)
+    of_layer = layer_rounding("q4_0", "k", {0: (64, 64), 1: (128, 64)})
+    for layer, length in ((0, 64), (1, 128)):
+        own, expected = of_layer(layer), rounding("q4_0", "k", length)
+        assert own is not None
+        assert expected is not None
+        np.testing.assert_array_equal(own(x), expected(x))
+    with pytest.raises(UsageError, match="layer 2"):
+        of_layer(2)
+
+
+def test_rows_that_are_no_whole_heads_are_refused() -> None:
+    to_type = rounding("q4_0", "k", 128)
+    assert to_type is not None
+    with pytest.raises(UsageError, match="no heads of 128"):
+        to_type(np.zeros((2, 64), np.float32))
+
+
 def test_the_tap_changes_new_rows_only() -> None:
     calls: list[int] = []
 
@@ -254,7 +290,7 @@ def test_the_tap_changes_new_rows_only() -> None:
         calls.append(len(rows))
         return rows / 2
 
-    tap = CacheTap(halved, None)
+    tap = CacheTap(lambda layer: halved, lambda layer: None)
     cache = np.zeros((8, 4), np.float32)
     tap.begin()
     cache[2:5] = 8

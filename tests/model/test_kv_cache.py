@@ -17,9 +17,23 @@ from apex_quant.gguf import open_model
 from apex_quant.gguf.types import CACHE_TYPES
 from apex_quant.model.kv_cache import KVCache, _row_bytes, kv_cache
 from apex_quant.model.kv_rules import FORK_TYPES
+from apex_quant.model.kv_rules import LATENT as LATENT_ARCHITECTURES
 from apex_quant.serving.memory import LibraryMemory, MemoryQuestion, library_memory
 from tests.helpers.random_models import write_random_gguf
-from tests.helpers.shapes import ARCHITECTURES, BASE, TINY, Shape, attention, feed_forward, norms, qk_norm
+from tests.helpers.shapes import (
+    ARCHITECTURES,
+    BASE,
+    TINY,
+    TINY_MOE,
+    BlockRows,
+    Key,
+    Shape,
+    attention,
+    experts,
+    feed_forward,
+    norms,
+    qk_norm,
+)
 
 MIB = 1 << 20
 PRINTED = 0.00501  # half of the last digit
@@ -47,7 +61,7 @@ def check(ours: KVCache, theirs: LibraryMemory) -> None:
     for layer in ours.layers:
         by_kind.setdefault(layer.kind, []).append(layer)
     attention = [one for one in theirs.memory if one["kind"] == "llama_kv_cache"]
-    kinds = [kind for kind in ("full", "sliding") if kind in by_kind]
+    kinds = [kind for kind in ("full", "indexer", "sliding") if kind in by_kind]
     if len(attention) > len(kinds):  # the library makes an empty cache for what no layer uses
         attention = [one for one in attention if one["layers"]]
     assert len(attention) == len(kinds)
@@ -160,6 +174,43 @@ def test_metadata_of_the_wrong_kind(tmp_path: Path) -> None:
 
 
 DENSE = (*norms("*", "attn_norm", "ffn_norm"), *feed_forward("*"))
+INDEXER: dict[str, Key] = {
+    "attention.indexer.head_count": "idx_heads", "attention.indexer.key_length": "idx", "attention.indexer.top_k": 64,
+}  # fmt: skip
+LATENT = TINY_MOE | {"q_lora": 256, "kv_lora": 256, "nope": 128, "rope": 64, "v_head": 128, "idx": 128, "idx_heads": 2}
+LAYER_NORMS = ("attn_norm.weight", "post_attention_norm.weight")
+MIXTURE = dict(ARCHITECTURES["deepseek2"].keys) | {"leading_dense_block_count": 0}
+MIXTURE_BLOCKS = (
+    *norms("*", "attn_norm", "ffn_norm"),
+    *experts("*"),
+    ("*", "exp_probs_b.bias", "experts"),
+    *feed_forward("*", "_shexp", "shexp"),
+)
+
+
+def latent(kinds: str, lora: str = "kv_lora") -> BlockRows:
+    return (
+        (kinds, "attn_q_a.weight", "embd q_lora"),
+        (kinds, "attn_q_a_norm.weight", "q_lora"),
+        (kinds, "attn_q_b.weight", "q_lora heads*nope+heads*rope"),
+        (kinds, "attn_kv_a_mqa.weight", f"embd {lora}+rope"),
+        (kinds, "attn_kv_a_norm.weight", lora),
+        (kinds, "attn_k_b.weight", f"nope {lora} heads"),
+        (kinds, "attn_v_b.weight", f"{lora} v_head heads"),
+        (kinds, "attn_output.weight", "heads*v_head embd"),
+    )
+
+
+def indexer(kinds: str) -> BlockRows:
+    return (
+        (kinds, "indexer.k_norm.weight", "idx"),
+        (kinds, "indexer.k_norm.bias", "idx"),
+        (kinds, "indexer.proj.weight", "embd idx_heads"),
+        (kinds, "indexer.attn_k.weight", "embd idx"),
+        (kinds, "indexer.attn_q_b.weight", "q_lora idx_heads*idx"),
+    )
+
+
 OTHERS = {
     # windows by a period of 6, of which the metadata says nothing
     "gemma3": Shape(
@@ -215,6 +266,128 @@ OTHERS = {
             ("*", "ssm_out.weight", "inner embd"),
         ),
     ),
+    # L: gated delta net, F: attention with an indexer's keys beside it
+    "qwen4exp": Shape(
+        tiny=(
+            "LLLFLLLF",
+            TINY_MOE
+            | {"state": 64, "kheads": 2, "vheads": 4, "inner": 256, "conv": 4, "hc": 2, "rank": 32}
+            | {"idx": 64, "idx_heads": 2},
+        ),
+        real=("", {}),
+        keys=dict(ARCHITECTURES["qwen35moe"].keys)
+        | INDEXER
+        | {"nextn_predict_layers": 0, "hyper_connection.count": "hc", "hyper_connection.low_rank": "rank"},
+        model=(
+            ("token_embd.weight", "embd vocab"),
+            ("output.weight", "embd vocab"),
+            ("output_hc_norm.weight", "embd hc"),
+            ("output_hc_down.weight", "hc*embd rank"),
+            ("output_hc_up.weight", "rank hc*embd"),
+        ),
+        blocks=(
+            *(row for row in ARCHITECTURES["qwen35moe"].blocks if row[0] != "N" and row[1] not in LAYER_NORMS),
+            *(
+                ("*", f"hc_{part}_{name}.weight", dims)
+                for part in ("attn", "ffn")
+                for name, dims in (
+                    ("norm", "embd hc"), ("down", "hc*embd rank"), ("up", "rank hc*embd"), ("inject", "hc*embd hc"),
+                )
+            ),
+            ("F", "indexer.q_proj.weight", "embd idx_heads*idx"),
+            ("F", "indexer.k_proj.weight", "embd idx"),
+            ("F", "indexer.q_norm.weight", "idx"),
+            ("F", "indexer.k_norm.weight", "idx"),
+        ),
+    ),
+    # K: delta attention, I: latent attention with an indexer of its own, M: with that of another layer
+    "glm5-next": Shape(
+        tiny=("KIKMKI", LATENT | {"rope": 0, "kda": 64, "pool": 2}),
+        real=("", {}),
+        keys=MIXTURE
+        | INDEXER
+        | {
+            "attention.head_count_kv": {"K": 0, "I": 1, "M": 1},
+            "attention.indexer.types": {"K": False, "I": True, "M": False},
+            "attention.indexer.kpool": "pool", "kda.head_dim": "kda", "ssm.conv_kernel": 4,
+            "hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 4, "hyper_connection.epsilon": 1e-6,
+            "kda.gate_lower_bound": -5.0,
+        },
+        blocks=(
+            *MIXTURE_BLOCKS,
+            *(
+                ("*", f"hc_{part}_{name}.weight", dims)
+                for part in ("attn", "ffn")
+                for name, dims in (("fn", "4*embd 24"), ("base", "24"), ("scale", "3"))
+            ),
+            *latent("IM"),
+            *indexer("IM"),
+            ("IM", "indexer_compressor_gate.weight", "embd idx"),
+            ("IM", "indexer_compressor_ape.weight", "idx pool"),
+            *(("K", f"ssm_conv1d_{part}.weight", "4 1 heads*kda") for part in "qkv"),
+            *(("K", f"attn_{part}.weight", "embd heads*kda") for part in "qkv"),
+            *(("K", f"ssm_{part}_a.weight", "embd kda") for part in "fg"),
+            *(("K", f"ssm_{part}_b.weight", "kda heads*kda") for part in "fg"),
+            ("K", "ssm_beta.weight", "embd heads"),
+            ("K", "ssm_a", "heads"),
+            ("K", "ssm_dt.bias", "heads*kda"),
+            ("K", "ssm_norm.weight", "kda"),
+            ("K", "attn_output.weight", "heads*kda embd"),
+        ),
+    ),
+    # I and M as above
+    "hy_v4": Shape(
+        tiny=("IMIM", LATENT | {"kv": 1}),
+        real=("", {}),
+        keys=MIXTURE
+        | INDEXER
+        | {
+            "attention.indexer.types": {"I": True, "M": False},
+            "hyper_connection.count": 2, "hyper_connection.epsilon": 1e-6, "hyper_connection.magnitude": 1.0,
+        },
+        model=(
+            ("token_embd.weight", "embd vocab"),
+            ("output_norm.weight", "embd"),
+            ("output.weight", "embd vocab"),
+            ("output_hc_fn.weight", "2*embd 2"),
+            ("output_hc_base.weight", "2"),
+            ("output_hc_scale.weight", "1"),
+        ),
+        blocks=(
+            *MIXTURE_BLOCKS,
+            *(
+                ("*", f"hc_{part}_{name}.weight", dims)
+                for part in ("attn", "ffn")
+                for name, dims in (("fn", "2*embd 4"), ("base", "4"), ("scale", "2"))
+            ),
+            *latent("*"),
+            ("*", "attn_sinks.weight", "heads"),
+            ("*", "attn_gate.weight", "embd heads*v_head"),
+            *indexer("I"),
+        ),
+    ),
+    # S: a window with a latent of its own length
+    "dots3note": Shape(
+        tiny=("ISISS", LATENT | {"kv": 1, "kv_lora_swa": 128}),
+        real=("", {}),
+        keys=MIXTURE
+        | INDEXER
+        | {
+            "attention.indexer.types": {"I": True, "S": False},
+            "attention.sliding_window": 300, "attention.sliding_window_pattern": {"I": False, "S": True},
+            "attention.kv_lora_rank_swa": "kv_lora_swa", "attention.key_length_swa": "kv_lora_swa+rope",
+            "attention.value_length_swa": "kv_lora_swa", "attention.key_length_mla_swa": "nope+rope",
+            "attention.value_length_mla_swa": "v_head", "rope.freq_base_swa": 10000.0,
+        },
+        blocks=(
+            *MIXTURE_BLOCKS,
+            *latent("I"),
+            *latent("S", "kv_lora_swa"),
+            ("*", "attn_k_norm.weight", "rope"),
+            ("*", "attn_gate.weight", "embd heads"),
+            *indexer("I"),
+        ),
+    ),
 }  # fmt: skip
 """Architectures whose windows and states other rules decide, small."""
 
@@ -223,7 +396,8 @@ OTHERS = {
 def test_other_rules(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, architecture, OTHERS[architecture])
     path = write_random_gguf(tmp_path / "m.gguf", architecture, sparse=True)
-    compare(path, [MemoryQuestion(2000, ubatch=128), MemoryQuestion(1000, "q8_0", "q4_0", sequences=3, unified=True)])
+    values = "q8_0" if architecture in LATENT_ARCHITECTURES else "q4_0"
+    compare(path, [MemoryQuestion(2000, ubatch=128), MemoryQuestion(1000, "q8_0", values, sequences=3, unified=True)])
 
 
 @pytest.mark.parametrize("name", FORK_TYPES)

@@ -50,6 +50,7 @@ HELP = """
                                         allowed values: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0, q5_1{more}
                                         (default: f16)
 -ctv,  --cache-type-v TYPE              KV cache data type for V
+-dev,  --device <dev1,dev2,..>          devices
 --host HOST                             address
 --port PORT                             port
 -a,    --alias STRING                   name
@@ -64,11 +65,11 @@ HELP = """
 GPU = "Available devices:\n  CUDA0: NVIDIA Thing (24210 MiB, {free} MiB free)\n"
 
 
-def standin(folder: Path, *, more: str = "", free: int | None = None, help_text: str = HELP) -> Path:
-    """Write it; `more`: further cache types in its help; `free`: MiB of its GPU."""
+def standin(folder: Path, *, more: str = "", free: int | None = None, help_text: str = HELP, devices: str = "") -> Path:
+    """Write it; `more`: further cache types in its help; `free`: MiB of its GPU; `devices`: lines of further ones."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "help.txt").write_text(help_text.replace("{more}", more))
-    (folder / "devices.txt").write_text("Available devices:\n" if free is None else GPU.format(free=free))
+    (folder / "devices.txt").write_text(("Available devices:\n" if free is None else GPU.format(free=free)) + devices)
     path = folder / "llama-server"
     path.write_text(_SOURCE)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)

@@ -112,6 +112,43 @@ def test_devices(tmp_path: Path) -> None:
         devices(Found("llama-server", ("/nonexistent/llama-server",)))
 
 
+def test_a_card_is_counted_once(tmp_path: Path) -> None:
+    """What another backend sees of it is not added, nor an integrated GPU's main memory; and the server is told."""
+    more = (
+        "  BLAS: OpenBLAS (0 MiB, 0 MiB free)\n  Vulkan0: NVIDIA Thing (24210 MiB, 23000 MiB free)\n"
+        "  Vulkan1: Graphics (64000 MiB, 60000 MiB free)\n"
+    )
+    program = standin(tmp_path / "bin", free=23000, devices=more)
+    assert [one.name for one in devices(Found("llama-server", (str(program),)))] == ["CUDA0", "Vulkan0", "Vulkan1"]
+    with serve(MODEL, server=program, port=0, ctx=1000) as service:
+        words = seen(tmp_path / "bin")["argv"]
+    assert words[words.index("--device") + 1] == "CUDA0"
+    assert service.plan.devices == ("CUDA0",)
+    assert any("not planned for" in line and "Vulkan1 (Graphics)" in line for line in service.plan.reasons)
+    tight = standin(tmp_path / "tight", free=1030, devices=more)  # 1 GiB stays free: the rest does not hold the model
+    assert plan_service(MODEL, server=tight, ctx=2000).gpu_layers < 13
+    alone = plan_service(MODEL, server=program, ctx=1000, vram=0)
+    words, _ = command(Found("llama-server", ("x",)), Launch(MODEL, "h", 1, "m", 512, 1, "f16", "f16", 0,
+                                                             devices=alone.devices))  # fmt: skip
+    assert "--device" not in words
+
+
+def test_cards_of_one_backend_are_used_together(tmp_path: Path) -> None:
+    """Each keeps 1 GiB free and has compute buffers of its own."""
+    second = "  CUDA1: NVIDIA Thing (24210 MiB, 1030 MiB free)\n"
+    both = plan_service(MODEL, server=standin(tmp_path / "two", free=1030, devices=second), ctx=2000)
+    assert both.devices == ("CUDA0", "CUDA1")
+    assert both.gpu_layers < 13
+    assert plan_service(MODEL, server=standin(tmp_path / "one", free=2060), ctx=2000).gpu_layers == 13
+    words, _ = command(Found("llama-server", ("x",)), Launch(MODEL, "h", 1, "m", 512, 1, "f16", "f16", 13,
+                                                             devices=both.devices))  # fmt: skip
+    assert words[words.index("--device") + 1] == "CUDA0,CUDA1"
+    words, lacking = command(Found("llama-server", ("x",)), Launch(MODEL, "h", 1, "m", 512, 1, "f16", "f16", 13,
+                                                                   devices=both.devices),
+                             flags(HELP) - {"--device"})  # fmt: skip
+    assert lacking == ["--device"]
+
+
 def test_options_that_a_build_lacks(tmp_path: Path) -> None:
     launch = Launch(MODEL, "127.0.0.1", 1, "m", 512, 1, "f16", "f16", 0, sampling={"temp": 0.5, "top-k": 20})
     known = flags(HELP)

@@ -23,6 +23,7 @@ from apex_quant.serving.exports import export
 from apex_quant.serving.exports_schema import check, problems, read_ini, read_modelfile, targets
 from apex_quant.serving.exports_targets import WRITERS
 from apex_quant.serving.exports_template import frame, stops
+from tests.helpers.generic_models import generic_tensors, write_generic
 from tests.helpers.random_models import write_random_gguf
 from tests.serving.standin import standin
 
@@ -112,7 +113,8 @@ def test_values(small: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     preset, unit = found["llama-server"]
     assert preset["model"] == str(small.absolute())
-    assert unit["Service"]["BindReadOnlyPaths"] == f"{small.parent.absolute()}:/run/llama-models/small-Q8_0"
+    inside = "/run/llama-models/small-Q8_0/small-Q8_0.gguf"
+    assert unit["Service"]["BindReadOnlyPaths"] == f"{small.resolve()}:{inside}"
     assert (preset["n-cpu-moe"], preset["n-gpu-layers"], preset["flash-attn"]) == (1, 3, "on")
     assert "--n-cpu-moe 1 " in unit["Service"]["ExecStart"] + " "
     (compose,) = found["docker-compose"]
@@ -207,15 +209,44 @@ def test_types_of_the_users_own_build(small: Path, tmp_path: Path, monkeypatch: 
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     folder = tmp_path / "a b %h : $X"
     folder.mkdir()
-    path = write_random_gguf(folder / "m-Q8_0.gguf", "llama", layers="D", sparse=True)
+    path = write_random_gguf(folder / "m of mine-Q8_0.gguf", "llama", layers="D", sparse=True)
     path.chmod(0o640)
     made = export("llama-server", path, out=tmp_path / "o", ctx=64)
     unit = made.paths[1]
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert [line for line in done.stderr.splitlines() if unit.name in line] == []
     assert done.returncode == 0
-    assert "/run/llama-models/m-Q8_0/m-Q8_0.gguf" in read_ini(unit.read_text())["Service"]["ExecStart"]
+    assert "/run/llama-models/m-of-mine-Q8_0/m of mine-Q8_0.gguf" in read_ini(unit.read_text())["Service"]["ExecStart"]
     assert any("chmod o+r" in line for line in made.warnings)
+
+
+def test_the_unit_mounts_what_links_lead_to(tmp_path: Path) -> None:
+    """As in the hub's cache, where a snapshot holds relative links to blobs: shards side by side under their names."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    whole = write_random_gguf(tmp_path / "m-Q8_0.gguf", "qwen3moe", layers="MM", dtype="Q8_0")
+    shards = split(whole, tmp_path / "m-Q8_0", whole.stat().st_size // 2)
+    for number, shard in enumerate(shards):
+        shard.rename(blobs / f"blob{number}")
+        (snapshot / shard.name).symlink_to(f"../../blobs/blob{number}")
+    made = export("llama-server", snapshot / shards[0].name, out=tmp_path / "o", ctx=64)
+    service = read_ini(made.paths[1].read_text())["Service"]
+    inside = "/run/llama-models/m-Q8_0"
+    assert service["BindReadOnlyPaths"].split() == [
+        f"{blobs / f'blob{number}'}:{inside}/{shard.name}" for number, shard in enumerate(shards)
+    ]
+    assert f"--model {inside}/{shards[0].name}" in service["ExecStart"]
+
+
+def test_all_layers_are_those_that_the_library_counts(tmp_path: Path) -> None:
+    """One that runs its layers three times counts each as three: fewer would leave some in main memory."""
+    path = write_generic(tmp_path / "m.gguf", "nanbeige", generic_tensors(layers=2, width=512), layers=2, num_loops=3)
+    made = export("ollama", path, out=tmp_path / "o", ctx=64)
+    assert made.settings["gpu_layers"] == 7
+    assert "num_gpu" not in made.paths[0].read_text()
+    made = export("ollama", path, out=tmp_path / "p", ctx=64, gpu_layers=3)
+    assert "PARAMETER num_gpu 3" in made.paths[0].read_text()
 
 
 def with_template(path: Path, template: str, **keys: str) -> Path:
@@ -328,7 +359,9 @@ def test_hostile_metadata_and_names(tmp_path: Path) -> None:
             assert problems(name, document) == []
             if name == "systemd":
                 assert document["Service"]["ExecStart"].startswith("/usr/bin/env llama-server ")
-                assert document["Service"]["BindReadOnlyPaths"].startswith(f'"{tmp_path}/a $HOME %%h `x`":/run/')
+                assert document["Service"]["BindReadOnlyPaths"].startswith(
+                    f'"{tmp_path}/a $HOME %%h `x`/m rm -rf.gguf":"/run/'
+                )
             if name == "localai-gallery":
                 assert document[0]["license"] == "mit - evil: 1"
         assert "\x1b" not in "".join(one.read_text() for one in made.paths)

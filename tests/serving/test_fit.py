@@ -12,6 +12,7 @@ from apex_quant.cli.fit import layers
 from apex_quant.errors import GGUFError, InputError, NativeError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.tools import split
+from apex_quant.model import kv_rules
 from apex_quant.model.kv_cache import kv_cache
 from apex_quant.serving import fit as module
 from apex_quant.serving.fit import find_models, fit
@@ -37,6 +38,7 @@ _ASKS = (
     "test_the_embedded_model_in_main_memory",
     "test_without_the_library",
     "test_compute_buffers_are_each_files_own",
+    "test_a_cache_that_the_library_makes_otherwise_is_told",
 )
 
 
@@ -62,6 +64,36 @@ def test_the_embedded_model_in_main_memory() -> None:
     assert found.compute.error == 0
     assert option.device.total == 0
     assert json.dumps(found.to_json())
+
+
+def test_a_cache_that_the_library_makes_otherwise_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an architecture whose layers are not what the rules say; where they are, nothing is said."""
+    path = write_random_gguf(tmp_path / "m.gguf", "qwen35moe", sparse=True)
+    for ctx, parallel in ((100, 1), (512, 3)):
+        assert not any("the library makes" in line for line in fit(path, vram=0, ctx=ctx, parallel=parallel).warnings)
+    monkeypatch.delitem(kv_rules.RECURRENT, "qwen35moe")
+    found = fit(path, vram=0, ctx=512, type_k="f16")
+    (told,) = library_memory(path, [MemoryQuestion(512)])
+    counted = (found.options[0].host.kv + found.options[0].host.recurrent) / MIB
+    assert any(f"makes {told.kv_mib:,.2f} MiB" in line and f"{counted:,.2f} MiB" in line for line in found.warnings)
+
+
+def test_devices_have_buffers_of_their_own(folder: Path) -> None:
+    """And each keeps its reserve; in main memory there is one processor."""
+    path = folder / "m-Q8_0.gguf"
+    one, two = (fit(path, vram=1 << 40, ctx=512, type_k="f16", devices=n) for n in (1, 2))
+    assert (one.reserve, two.reserve) == (module.RESERVE, 2 * module.RESERVE)
+    first, second = one.options[0].device, two.options[0].device
+    assert second.compute == 2 * first.compute > 0
+    assert second.total - first.total == first.compute
+    least = second.total + two.reserve
+    assert fit(path, vram=least, ctx=512, type_k="f16", devices=2).options[0].all_on_device
+    assert not fit(path, vram=least - 1, ctx=512, type_k="f16", devices=2).options[0].all_on_device
+    apart = [fit(path, vram=0, ctx=512, type_k="f16", devices=n).options[0].host for n in (1, 2)]
+    assert apart[0] == apart[1]
+    assert two.to_json()["devices"] == 2
+    with pytest.raises(UsageError, match="at least 1"):
+        fit(path, vram=1, devices=0)
 
 
 def broken(folder: Path) -> Path:

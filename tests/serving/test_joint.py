@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from apex_quant.errors import InputError, UsageError
+from apex_quant.evaluation.results import update
+from apex_quant.evaluation.schema import ModelInfo, Results
 from apex_quant.serving.fit import Fit, fit
 from apex_quant.serving.joint import Joint, read_cache_damage
+from tests.evaluation import synthetic
 from tests.helpers.random_models import write_random_gguf
 
 KINDS = ("BF16", "Q8_0")
@@ -43,7 +46,16 @@ def estimate(value: float, half: float) -> dict[str, float | int]:
     return {"value": value, "low": value - half, "high": value + half, "n": 100}
 
 
-def write(folder: Path, weights: dict[str, tuple[float, float]], kv: dict[str, tuple[float, float]]) -> list[Path]:
+def of_file(path: Path) -> dict[str, Any]:
+    """What results and kv.json say of the file they were measured on."""
+    data = path.read_bytes()
+    return {"path": path.name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+Means = dict[str, tuple[float, float]]
+
+
+def write(folder: Path, models: Path, weights: Means, kv: Means) -> list[Path]:
     """kv.json and results of each file."""
     folder.mkdir(exist_ok=True)
     pairs = [{"k": name, "v": name, "kld_mean": estimate(*value), "bytes_per_token": 1, "mib_at": {}}
@@ -55,7 +67,7 @@ def write(folder: Path, weights: dict[str, tuple[float, float]], kv: dict[str, t
     for kind, value in weights.items():
         document = {
             "schema": "apex.results/1",
-            "model": {"path": f"m-{kind}.gguf"},
+            "model": of_file(models / f"m-{kind}.gguf"),
             "metrics": {"kld": {"mean": estimate(*value)}},
         }
         (folder / f"{kind}.json").write_text(json.dumps(document))
@@ -86,7 +98,7 @@ def tight(folder: Path, kind: str, cache: str) -> int:
     ],
 )
 def test_verdicts(folder: Path, tmp_path: Path, weights: Any, kv: Any, verdict: str) -> None:
-    found, joint = ask(folder, write(tmp_path / "r", weights, kv), tight(folder, "Q8_0", "q8_0"))
+    found, joint = ask(folder, write(tmp_path / "r", folder, weights, kv), tight(folder, "Q8_0", "q8_0"))
     assert found.choice is not None
     assert joint.start == "m-Q8_0 with q8_0/q8_0"
     assert joint.verdict == verdict
@@ -101,7 +113,7 @@ def test_verdicts(folder: Path, tmp_path: Path, weights: Any, kv: Any, verdict: 
 
 
 def test_sums_of_what_fits(folder: Path, tmp_path: Path) -> None:
-    files = write(tmp_path / "r", {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    files = write(tmp_path / "r", folder, {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
     _, joint = ask(folder, files, 1 << 40)
     rows = [(one.name, one.k, one.kld.value, one.shown_worse) for one in joint.fitting]
     assert rows == [
@@ -115,8 +127,11 @@ def test_sums_of_what_fits(folder: Path, tmp_path: Path) -> None:
 def test_the_best_sum_is_chosen(folder: Path, tmp_path: Path) -> None:
     """A larger cache of the smaller file, where that is what was measured to be better; the unsafe pairs too."""
     files = write(
-        tmp_path / "r", {"BF16": (0.2, 0.001), "Q8_0": (0.01, 0.001)}, {"q8_0": (0.5, 0.01), "q4_0": (0.02, 0.001)}
-    )
+        tmp_path / "r",
+        folder,
+        {"BF16": (0.2, 0.001), "Q8_0": (0.01, 0.001)},
+        {"q8_0": (0.5, 0.01), "q4_0": (0.02, 0.001)},
+    )  # fmt: skip
     found, joint = ask(folder, files, tight(folder, "BF16", "q8_0"))
     assert found.choice is not None
     assert (found.choice.name, found.choice.k) == ("m-Q8_0", "f16")
@@ -135,11 +150,10 @@ def test_the_best_sum_is_chosen(folder: Path, tmp_path: Path) -> None:
 
 def test_measurements_belong_to_files(folder: Path, tmp_path: Path) -> None:
     """Those of the file itself are taken, known by its bytes; others only with a warning."""
-    results = write(tmp_path / "r", {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    results = write(tmp_path / "r", folder, {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
     documents = {kind: json.loads(results[0].read_text()) for kind in KINDS}
     for (kind, document), damage in zip(documents.items(), (0.4, 0.6), strict=True):
-        data = (folder / f"m-{kind}.gguf").read_bytes()
-        document["model"] = {"path": f"m-{kind}.gguf", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        document["model"] = of_file(folder / f"m-{kind}.gguf")
         document["pairs"][0]["kld_mean"] = estimate(damage, 0.1)
         (tmp_path / f"kv-{kind}.json").write_text(json.dumps(document))
     own = [tmp_path / f"kv-{kind}.json" for kind in reversed(KINDS)]
@@ -155,7 +169,7 @@ def test_measurements_belong_to_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_only_measured_pairs_are_weighed(folder: Path, tmp_path: Path) -> None:
-    files = write(tmp_path / "r", {"Q8_0": (0.03, 0.004)}, {"q4_0": (0.01, 0.003)})
+    files = write(tmp_path / "r", folder, {"Q8_0": (0.03, 0.004)}, {"q4_0": (0.01, 0.003)})
     found, joint = ask(folder, files, 1 << 40)
     assert {(one.k, one.v) for one in found.options} == {("f16", "f16"), ("q4_0", "q4_0")}
     assert any("m-BF16: no mean KLD" in line for line in joint.warnings)
@@ -177,7 +191,7 @@ def test_files_that_are_no_kv_json(text: str, tmp_path: Path) -> None:
 
 
 def test_what_is_needed(folder: Path, tmp_path: Path) -> None:
-    files = write(tmp_path / "r", {"BF16": (0.0, 0.0)}, {"q8_0": (0.01, 0.003)})
+    files = write(tmp_path / "r", folder, {"BF16": (0.0, 0.0)}, {"q8_0": (0.01, 0.003)})
     with pytest.raises(UsageError, match="results of apex eval"):
         fit(folder, vram=1 << 40, ctx=512, joint=files[0])
     with pytest.raises(InputError):
@@ -185,7 +199,7 @@ def test_what_is_needed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_without_an_interval_are_named(folder: Path, tmp_path: Path) -> None:
-    files = write(tmp_path / "r", {"Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    files = write(tmp_path / "r", folder, {"Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
     document = json.loads(files[0].read_text())
     few = {"value": 0.1, "low": None, "high": None, "n": 2}
     more = {"kld_mean": few, "bytes_per_token": 1, "mib_at": {}}
@@ -197,21 +211,103 @@ def test_pairs_without_an_interval_are_named(folder: Path, tmp_path: Path) -> No
     assert joint.warnings[0].startswith("q4_0/q4_0")
 
 
-def test_differences_are_paired_where_they_can_be(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def per_token(folder: Path, models: Path, kind: str, half: float, **made: Any) -> Path:
+    """Results with numbers per token whose mean has the interval `half`."""
+    path = folder / f"{kind}.json"
+    arrays = synthetic.kld_arrays(made.pop("ids", synthetic.tokens()), **made)
+    value = {"mean": estimate(float(arrays["kld"].mean(dtype=np.float64)), half) | {"n": arrays["kld"].size}}
+    about = Results(model=ModelInfo(**of_file(models / f"m-{kind}.gguf")))
+    update(path, "kld", value, base=about, arrays=arrays)
+    return path
+
+
+def test_differences_are_paired_where_they_can_be(folder: Path, tmp_path: Path) -> None:
     """The same tokens on both sides give a narrower interval than the two intervals do."""
-    asked: list[list[str]] = []
-
-    def paired(results: Any, metrics: list[str]) -> list[Any]:
-        asked.append([one.name for one in results])
-        assert metrics == ["kld"]
-        return [SimpleNamespace(difference=0.5, low=0.45, high=0.55)]
-
-    monkeypatch.setattr("apex_quant.evaluation.compare.compare", paired)
-    files = write(tmp_path / "r", {"BF16": (0.0, 0.0), "Q8_0": (0.5, 0.6)}, {"q8_0": (0.001, 0.0001)})
+    files = write(tmp_path / "r", folder, {}, {"q8_0": (0.001, 0.0001)})
+    files += [
+        per_token(tmp_path / "r", folder, "BF16", 0.6, scale=0.5),
+        per_token(tmp_path / "r", folder, "Q8_0", 0.6, scale=1.0, seed=1),
+    ]
     _, joint = ask(folder, files, tight(folder, "Q8_0", "q8_0"))
     (step,) = [step for step in joint.steps if step.kind == "weights"]
-    assert (step.gain, step.low, step.high, step.paired) == (0.5, 0.45, 0.55, True)
+    assert step.paired
+    assert step.low > 0.1
     assert joint.verdict == "weights"  # not shown from the two intervals alone
-    assert asked == [["m-Q8_0", "m-BF16"]]
+    (tmp_path / "r" / "BF16.npz").write_bytes(b"")
+    _, joint = ask(folder, files, tight(folder, "Q8_0", "q8_0"))
+    assert not any(step.paired for step in joint.steps)
+    assert joint.verdict == "neither_shown"
+    assert any("differences are those of the intervals" in line for line in joint.warnings)
+
+
+def test_numbers_of_other_tokens_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", folder, {}, {"q8_0": (0.001, 0.0001)})
+    files += [
+        per_token(tmp_path / "r", folder, "BF16", 0.1),
+        per_token(tmp_path / "r", folder, "Q8_0", 0.1, ids=synthetic.tokens(seed=8)),
+    ]
+    with pytest.raises(InputError, match="not measured on the same scored tokens"):
+        ask(folder, files, 1 << 40)
+
+
+def change(path: Path, **more: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ({"reference": {"model_sha256": "1"}}, {"reference": {"model_sha256": "2"}}, "different references"),
+        ({"settings": {"texts": ["a.txt"]}}, {"settings": {"texts": ["b.txt"]}}, "same text"),
+        ({"settings": {"ctx": 512}}, {"settings": {"ctx": 2048}}, "ctx 512 and 2048"),
+        ({}, {"metrics": {"kld": {"mean": estimate(0.1, 0.1) | {"n": 7}}}}, "tokens 100 and 7"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_summed(a: Any, b: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", folder, {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    change(files[1], **a)
+    change(files[2], **b)
+    with pytest.raises(InputError, match=message):
+        ask(folder, files, 1 << 40)
+    change(files[1], **b)
+    ask(folder, files, 1 << 40)
+
+
+def test_results_of_another_file_of_the_name(folder: Path, tmp_path: Path) -> None:
+    """Neither a later quantization under the same name nor results that say no sha256 are taken for the file's."""
+    files = write(tmp_path / "r", folder, {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    own = of_file(folder / "m-Q8_0.gguf")
+    for other in (own | {"sha256": "0" * 64}, own | {"bytes": 1}, {"path": own["path"]}):
+        change(files[2], model=other)
+        _, joint = ask(folder, files, 1 << 40)
+        assert {one.name for one in joint.fitting} == {"m-BF16"}
+        assert any("not measured on the m-Q8_0.gguf that is here" in line for line in joint.warnings)
+    change(files[2], model=own | {"path": "older-name.gguf"})
+    _, joint = ask(folder, files, 1 << 40)
+    assert {one.name for one in joint.fitting} == {"m-BF16", "m-Q8_0"}
+
+
+def test_damage_of_a_cache_is_not_counted_twice(folder: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "r", folder, {"BF16": (0.0, 0.0), "Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    other = tmp_path / "r" / "with-cache.json"
+    document = json.loads(files[2].read_text())
+    document["metrics"]["kld"]["mean"] = estimate(0.5, 0.1) | {"n": 1000}
+    document["settings"] = {"options": {"type_k": "q8_0", "type_v": "f16"}}
+    other.write_text(json.dumps(document))
+    for order in ([*files, other], [*files[:2], other, files[2]]):
+        _, joint = ask(folder, order, 1 << 40)
+        assert {one.name: one.kld.value for one in joint.fitting if one.k == "f16"}["m-Q8_0"] == pytest.approx(0.03)
+        assert any("measured with a cache of q8_0/f16" in line for line in joint.warnings)
+
+
+def test_of_several_results_the_longest(folder: Path, tmp_path: Path) -> None:
+    """Whatever the order of the files."""
+    files = write(tmp_path / "r", folder, {"Q8_0": (0.03, 0.004)}, {"q8_0": (0.01, 0.003)})
+    short = tmp_path / "r" / "short.json"
+    document = json.loads(files[1].read_text())
+    document["metrics"]["kld"]["mean"] = estimate(0.5, 0.1) | {"n": 9}
+    short.write_text(json.dumps(document))
+    for order in ([*files, short], [files[0], short, files[1]]):
+        _, joint = ask(folder, order, 1 << 40)
+        assert {one.kld.value for one in joint.fitting if one.k == "f16"} == {0.03}
+        assert any("2 results are of it" in line for line in joint.warnings)

@@ -27,13 +27,14 @@ def fit(
     ram: Annotated[
         str | None, typer.Option("--ram", metavar="SIZE", help="main memory that may be used (default: not checked)")
     ] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="that --vram is the sum of")] = 1,
     ctx: Annotated[int, typer.Option("--ctx", min=1, help="tokens of each sequence")] = 32768,
     parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="sequences at a time")] = 1,
     type_k: Annotated[str | None, typer.Option("--type-k", metavar="TYPE", help="of the cache; default: tried")] = None,
     type_v: Annotated[str | None, typer.Option("--type-v", metavar="TYPE", help="of the cache; default: tried")] = None,
     ubatch: Annotated[int, typer.Option("--ubatch", min=1, help="tokens computed together")] = 512,
     reserve: Annotated[
-        str | None, typer.Option("--reserve", metavar="SIZE", help="of the device, kept free (default 1GiB)")
+        str | None, typer.Option("--reserve", metavar="SIZE", help="kept free (default 1GiB of each device)")
     ] = None,
     joint: Annotated[
         list[Path] | None,
@@ -52,6 +53,7 @@ def fit(
         list(places),
         vram=_size(vram),
         ram=None if ram is None else parse_size(ram),
+        devices=devices,
         ctx=ctx,
         parallel=parallel,
         type_k=type_k,

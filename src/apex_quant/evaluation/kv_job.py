@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apex_quant.errors import ApexError, InputError, NativeError, ResourceError
-from apex_quant.evaluation.kv_observe import AttentionTap, CacheTap, attention_error, rounding
+from apex_quant.evaluation.kv_observe import AttentionTap, CacheTap, LayerRounding, attention_error, layer_rounding
 from apex_quant.evaluation.kv_types import CacheLog, Pair, confirm, read_log
 from apex_quant.evaluation.pertoken import hash_chunks
 from apex_quant.evaluation.record import Recorder
@@ -29,6 +30,8 @@ from apex_quant.evaluation.steps import Batching, Plan, plan_texts
 from apex_quant.evaluation.stock_logits import StockLogits
 from apex_quant.evaluation.watch import watcher
 from apex_quant.evaluation.worker import Lane
+from apex_quant.gguf import open_model
+from apex_quant.model.kv_cache import head_lengths
 from apex_quant.native.bindings import bindings
 from apex_quant.native.worker import Emit, Json, Stopped
 from apex_quant.runtime.observe import Observer
@@ -211,8 +214,7 @@ class Job:
         asked, simulated = Pair(row["k"], row["v"]), bool(row["simulated"])
         pair, tap, flash = asked, None, None
         if simulated:
-            heads = self._heads()
-            tap = CacheTap(rounding(asked.k, "k", heads[0]), rounding(asked.v, "v", heads[1]))
+            tap = CacheTap(*self._roundings(asked))
             pair, flash = Pair("f32", "f32"), "on"
         shape = (len(plan.tokens), plan.scored)
         arrays: dict[str, NDArray[Any]] = {"kld": np.zeros(shape, np.float32), "nll": np.zeros(shape, np.float32)}
@@ -261,10 +263,15 @@ class Job:
                 f"{step.chunks[error.row // width]}"
             ) from None
 
-    def _heads(self) -> tuple[int, int]:
-        """Lengths of K and V heads, as the library says them."""
-        with self.contexts.open(Pair("f16", "f16"), 16, Batching(1, 16)) as caches:
-            return caches[0].heads
+    @cached_property
+    def _heads(self) -> dict[int, tuple[int, int]]:
+        with open_model(self.payload["model"]) as model:
+            return head_lengths(model)
+
+    def _roundings(self, pair: Pair, *, rotated: bool = True) -> tuple[LayerRounding, LayerRounding]:
+        """Of K and of V."""
+        k, v = (layer_rounding(name, part, self._heads, rotated=rotated) for part, name in zip("kv", pair, strict=True))
+        return k, v
 
     # --- attention ---
 
@@ -272,7 +279,6 @@ class Job:
         """Errors of attention's output by layer for all pairs, on a few chunks, or why there are none."""
         ctx = min(plan.ctx, 512)
         picked = np.linspace(0, len(plan.tokens) - 1, min(_ATTENTION_CHUNKS, len(plan.tokens))).astype(int)
-        heads = self._heads()
         sums: dict[str, dict[int, list[float]]] = {}
         try:
             for number in picked:
@@ -284,9 +290,9 @@ class Job:
                 for row in self.rows:
                     if row["simulated"] == "check":
                         continue
-                    k, v = (rounding(row[part], part, heads[i], rotated=row["rotation"]) for i, part in enumerate("kv"))
+                    k, v = self._roundings(Pair(row["k"], row["v"]), rotated=row["rotation"])
                     for layer, seen in tap.layers.items():
-                        error = attention_error(seen, ctx, k, v)
+                        error = attention_error(seen, ctx, k(layer), v(layer))
                         if error is not None:
                             sums.setdefault(row["id"], {}).setdefault(layer, []).append(error)
         except (ApexError, ValueError) as error:

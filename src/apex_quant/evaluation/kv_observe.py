@@ -25,6 +25,8 @@ from apex_quant.runtime.tensors import F32, I32
 
 Rounding = Callable[[F32], F32]
 """Rows float32 [n, width] to what a type makes of them."""
+LayerRounding = Callable[[int], Rounding | None]
+"""That of a layer: heads may be of other lengths there."""
 
 SMALLEST_ROTATION: Final = (
     64  # values that llama.cpp rotates together; larger powers of two for K where heads have them
@@ -63,11 +65,30 @@ def rounding(name: str, part: str, head: int, *, rotated: bool = True) -> Roundi
             width *= 2
 
     def stock(rows: F32) -> F32:
+        if width and rows.shape[-1] % width:  # else tokens would be turned into one another
+            raise UsageError(f"rows of {rows.shape[-1]} values are no heads of {head}")
         turned = hadamard(rows.reshape(-1, width)).reshape(rows.shape) if width else rows
         made = stock_round_trip(turned, name)
         return hadamard(made.reshape(-1, width)).reshape(rows.shape) if width else made
 
     return stock
+
+
+def layer_rounding(
+    name: str, part: str, heads: Mapping[int, tuple[int, int]], *, rotated: bool = True
+) -> LayerRounding:
+    """rounding() of each layer, whose heads of K and V have `heads` values. What it gives raises UsageError for a layer
+    that is not among them."""
+    side = "kv".index(part)
+    lengths = {pair[side] for pair in heads.values()}
+    by_length = {length: rounding(name, part, length, rotated=rotated) for length in lengths}
+
+    def of_layer(layer: int) -> Rounding | None:
+        if layer not in heads:
+            raise UsageError(f"layer {layer} has a cache whose heads are not known, so it cannot be simulated")
+        return by_length[heads[layer][side]]
+
+    return of_layer
 
 
 def stock_round_trip(rows: F32, name: str) -> F32:
@@ -105,7 +126,7 @@ class CacheTap:
 
     nodes: ClassVar[Mapping[str, tuple[str, ...]]] = {"SET_ROWS": ("cache_",)}
 
-    def __init__(self, k: Rounding | None, v: Rounding | None) -> None:
+    def __init__(self, k: LayerRounding, v: LayerRounding) -> None:
         self._rounding = {"k": k, "v": v}
         self._sums: dict[tuple[str, int], NDArray[np.uint64]] = {}
         self.distortion: dict[tuple[str, int], Distortion] = {}
@@ -124,8 +145,8 @@ class CacheTap:
         found = _NAME.match(name)
         if found is None:
             return
-        part, key = found[1], (found[1], int(found[2]))
-        to_type = self._rounding[part]
+        key = (found[1], int(found[2]))
+        to_type = self._rounding[key[0]](key[1])
         if to_type is None:
             return
         rows = value.reshape(-1, value.shape[-1])

@@ -140,6 +140,12 @@ def kv_cache(
     return KVCache(tuple(rows), cells, streams, type_k, type_v, layers.note)
 
 
+def head_lengths(model: GGUFModel) -> dict[int, tuple[int, int]]:
+    """Values of a head of K and of V in each layer that attends; they differ between windowed and other layers."""
+    layers = _layers(facts(model), _Reader(model))
+    return {layer: layers.heads(layer) for layer in range(layers.count) if layers.attends(layer)}
+
+
 @dataclass(frozen=True, slots=True)
 class _Layers:
     """What the metadata says of each layer, as llama.cpp reads it."""
@@ -218,12 +224,16 @@ def _layers(found: ModelFacts, reader: _Reader) -> _Layers:
     narrow = tuple(reader.count(f"attention.{part}_length_swa", full[i]) for i, part in enumerate(("key", "value")))
     latent = arch in rules.LATENT and all(reader.count(f"attention.{part}_length_mla") for part in ("key", "value"))
     note = rules.UNCOUNTED.get(arch)
+    key, why = rules.UNCOUNTED_WITH.get(arch, ("", ""))
+    if key and reader.has(key):
+        note = why
+    cached = _cached(found, reader, recurrent, count)
     indexed = reader.flags("attention.indexer.types", found.trunk_layers)
     if arch == "glm-dsa" and indexed is None and (found.context_length or 0) >= 1 << 20:
         note = "which of its layers own an indexer is not in the file"
     return _Layers(
         count=count,
-        cached=_cached(found, reader, recurrent, count),
+        cached=cached,
         heads_kv=heads_kv,
         sliding=sliding,
         recurrent=recurrent,
@@ -231,8 +241,11 @@ def _layers(found: ModelFacts, reader: _Reader) -> _Layers:
         head_sliding=(narrow[0], narrow[1]),
         window=window,
         latent=latent,
-        indexer=reader.count("attention.indexer.key_length") if arch in rules.INDEXED else 0,
-        indexed=indexed if arch == "glm-dsa" and indexed is not None else (True,) * found.trunk_layers,
+        indexer=_indexer(reader) if arch in rules.INDEXED else 0,
+        indexed=tuple(
+            cached[i] and (indexed is None or arch not in rules.INDEXED_BY_TYPE or indexed[i])
+            for i in range(found.trunk_layers)
+        ),
         state=_state(found, reader) if any(recurrent) else (0, 0),
         note=None if note is None else f"{arch}: {note}",
     )
@@ -264,7 +277,7 @@ def _cached(found: ModelFacts, reader: _Reader, recurrent: tuple[bool, ...], cou
         return tuple(not one for one in recurrent)
     if rule == "no_kv_heads_nor_ff":
         return tuple(not recurrent[i] and found.n_ff[i] == 0 for i in range(count))
-    if rule == "interval":
+    if rule in ("interval", "no_kv_heads_in_trunk"):
         return tuple(i < trunk and not recurrent[i] for i in range(count))
     last = rules.FIRST_LAYERS_ONLY.get(arch, count)
     if arch in rules.SHARED_AT_END:
@@ -303,6 +316,11 @@ def _sliding(
         i < found.trunk_layers and (period == 0 or (i % period != 0 if rule.dense_first else i % period < period - 1))
         for i in range(count)
     )
+
+
+def _indexer(reader: _Reader) -> int:
+    """Values that an indexer keeps of each token."""
+    return reader.count("attention.indexer.key_length") * (3 if reader.count("attention.indexer.kpool") else 1)
 
 
 def _state(found: ModelFacts, reader: _Reader) -> tuple[int, int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Recurrent = Literal["no_kv_heads", "no_kv_heads_nor_ff", "interval", "all", "both"]
-"""How llama.cpp tells recurrent layers: those without KV heads; those without KV heads and feed-forward; a list in
-the metadata or every layer but each Nth; every layer; every layer, beside attention."""
+Recurrent = Literal["no_kv_heads", "no_kv_heads_in_trunk", "no_kv_heads_nor_ff", "interval", "all", "both"]
+"""How llama.cpp tells recurrent layers: those without KV heads; the same, where blocks for next-token prediction hold
+nothing; those without KV heads and feed-forward; a list in the metadata or every layer but each Nth; every layer; every
+layer, beside attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ SLIDING: Final[dict[str, Sliding]] = {
     "afmoe": Sliding(4),
     "cohere2": Sliding(4),
     "cohere2moe": Sliding(4, dense_first=True),
+    "dots3note": Sliding(None),
     "exaone-moe": Sliding(4, 128, absent_means="default"),
     "exaone4": Sliding(4, 4096, absent_means="default", layers=64),
     "gemma2": Sliding(2, 4096, absent_means="default"),
@@ -62,6 +64,7 @@ RECURRENT: Final[dict[str, Recurrent]] = {
     "arwkv7": "all",
     "bailingmoe3": "no_kv_heads",
     "falcon-h1": "both",
+    "glm5-next": "no_kv_heads_in_trunk",
     "granitehybrid": "no_kv_heads",
     "jamba": "no_kv_heads",
     "kimi-k3": "no_kv_heads",
@@ -77,21 +80,40 @@ RECURRENT: Final[dict[str, Recurrent]] = {
     "qwen35": "interval",
     "qwen35moe": "interval",
     "qwen3next": "interval",
+    "qwen4exp": "interval",
     "rwkv6": "all",
     "rwkv6qwen2": "all",
     "rwkv7": "all",
 }
 INTERVAL: Final = {"minimax-01": 8}
 """Every Nth layer is full attention where the metadata does not say; 4 elsewhere."""
-NO_STATE_GROUPS: Final = frozenset({"mamba", "jamba", "bailingmoe3", "kimi-linear", "kimi-k3", "minimax-01"})
+NO_STATE_GROUPS: Final = frozenset(
+    {"mamba", "jamba", "bailingmoe3", "glm5-next", "kimi-linear", "kimi-k3", "minimax-01"}
+)
 """Recurrent architectures whose loader does not read ssm.group_count."""
 LINEAR_STATE: Final = frozenset({"minimax-01"})
 """The recurrent state is key length squared for each head."""
 
-LATENT: Final = frozenset({"deepseek2", "deepseek32", "glm-dsa", "bailingmoe3", "kimi-linear", "kimi-k3", "mistral4"})
+LATENT: Final = frozenset(
+    [
+        "bailingmoe3",
+        "deepseek2",
+        "deepseek32",
+        "dots3note",
+        "glm-dsa",
+        "glm5-next",
+        "hy_v4",
+        "kimi-k3",
+        "kimi-linear",
+        "mistral4",
+    ]
+)
 """Latent attention (MLA) where attention.key_length_mla and value_length_mla are set: keys only, no values."""
-INDEXED: Final = frozenset({"deepseek32", "glm-dsa"})
-"""A second cache of keys, one head of attention.indexer.key_length, beside the latent one."""
+INDEXED: Final = frozenset({"deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4", "qwen4exp"})
+"""A second cache of keys beside the other in layers that attend: one head of attention.indexer.key_length, three (key,
+gate and pool) with attention.indexer.kpool."""
+INDEXED_BY_TYPE: Final = frozenset({"dots3note", "glm-dsa", "glm5-next", "hy_v4"})
+"""Only in layers that attention.indexer.types names, where it is there."""
 
 NO_MEMORY: Final = frozenset(
     [
@@ -121,17 +143,15 @@ SHARED_AT_END: Final = frozenset({"gemma4"})
 UNCOUNTED: Final[dict[str, str]] = {
     "deepseek4": "its compressed caches are not counted",
     "dflash": "its caches are views of another model's",
-    "dots3note": "its windowed latent caches are not counted exactly",
     "eagle3": "its cache belongs to a draft of another model",
     "gemma4-assistant": "its caches are views of another model's",
-    "glm5-next": "its indexer's cache is not counted",
     "graniteswitch": "the cache of its router layer is not counted",
-    "hy_v4": "its indexer's cache is not counted",
     "minimax-m3": "its indexer's cache is not counted",
-    "qwen4exp": "its indexer's cache is not counted",
     "t5": "attention to the encoder's output is not counted",
 }
 """Architectures for which the sum is an estimate, and why."""
+UNCOUNTED_WITH: Final = {"qwen4exp": ("ple.layers", "the history of its n-gram embeddings is not counted")}
+"""The same, of files that have this key."""
 
 FORK_TYPES: Final = {"turbo2": (128, 34), "turbo3": (128, 50), "turbo4": (128, 66)}
 """Cache types that forks of llama.cpp have and stock llama.cpp has not: values and bytes of a block."""

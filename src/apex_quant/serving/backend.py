@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,8 @@ MODULE: Final = "apex_quant.serving.bindings_server"
 @dataclass(frozen=True)
 class Launch:
     """What to serve and how. `ctx`: tokens of each of `parallel` requests; `prompt_cache`: bytes of main memory for
-    earlier prompts, `checkpoints`: of the states of each request; `keyless`: anybody on this machine may ask."""
+    earlier prompts, `checkpoints`: of the states of each request; `keyless`: anybody on this machine may ask;
+    `devices`: those to use alone, by name."""
 
     model: Path
     host: str
@@ -45,6 +47,7 @@ class Launch:
     prompt_cache: int = 0
     checkpoints: int = 0
     keyless: bool = False
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Device:
     total: int
     free: int
 
+    @property
+    def kind(self) -> str:
+        """What the server reaches it through: CUDA of CUDA1."""
+        return self.name.rstrip("0123456789")
+
 
 def flags(help_text: str) -> frozenset[str]:
     """Every option that a --help names."""
@@ -63,12 +71,20 @@ def flags(help_text: str) -> frozenset[str]:
 
 
 def devices(found: Found) -> tuple[Device, ...]:
-    """GPUs of the backend, none where it has none."""
+    """Everything that it lists but what has no memory of its own (BLAS); none where it lists none."""
     command = found.command if found.kind == "llama-server" else (sys.executable, "-P", "-m", MODULE)
     text = said([*command, "--list-devices"])
     return tuple(
-        Device(name, words, int(total) << 20, int(free) << 20) for name, words, total, free in _DEVICE.findall(text)
+        Device(name, words, int(total) << 20, int(free) << 20)
+        for name, words, total, free in _DEVICE.findall(text)
+        if int(total)
     )
+
+
+def planned(listed: Sequence[Device]) -> tuple[Device, ...]:
+    """Those of the first backend. A list names a card once for each backend that sees it, and an integrated GPU's
+    memory, which is main memory, beside it."""
+    return tuple(device for device in listed if device.kind == listed[0].kind)
 
 
 def command(found: Found, launch: Launch, known: frozenset[str] | None = None) -> tuple[list[str], list[str]]:
@@ -93,6 +109,8 @@ def _llama_server(found: Found, launch: Launch, known: frozenset[str] | None) ->
         "--n-cpu-moe": launch.cpu_moe or None,
     }  # fmt: skip
     wished: dict[str, Any] = {
+        # its own choice of devices may be another than what was planned for
+        "--device": ",".join(launch.devices) if launch.gpu_layers and launch.devices else None,
         "--threads": launch.threads, "--jinja": "", "--fit": "off", "--no-slots": "",
         "--cache-ram": launch.prompt_cache >> 20, "--ctx-checkpoints": launch.checkpoints,
         "--cors-origins": "localhost" if launch.keyless else None,
@@ -126,4 +144,4 @@ def _bindings(launch: Launch) -> list[str]:
     return [sys.executable, "-P", "-m", MODULE, *given]
 
 
-__all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "command", "devices", "find_server", "flags"]
+__all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "command", "devices", "find_server", "flags", "planned"]

@@ -69,6 +69,7 @@ class Subject:
     type_k: str
     type_v: str
     layers: int
+    """As llama.cpp counts them for --n-gpu-layers: those that it adds or repeats too."""
     gpu_layers: int
     cpu_moe: int
     bytes: int
@@ -201,8 +202,8 @@ def _subject(
             path=path, files=files, name=safe_name(name or shown_name(files[0])),
             description=_line(text["description"]) or f"{_line(text['name']) or known.architecture}, {path.name}",
             license=_line(text["license"]), architecture=known.architecture, ctx=tokens, trained=trained,
-            type_k=type_k, type_v=type_v, layers=known.block_count,
-            gpu_layers=known.block_count + 1 if gpu_layers is None else gpu_layers, cpu_moe=cpu_moe,
+            type_k=type_k, type_v=type_v, layers=known.n_layer_all,
+            gpu_layers=known.n_layer_all + 1 if gpu_layers is None else gpu_layers, cpu_moe=cpu_moe,
             bytes=sum(info.nbytes for info in model.tensors.values()), kv_bytes=cache.bytes,
             sampling=sampling_defaults(model, warnings), frame=found, why_no_frame=why,
             has_template=isinstance(model.get("tokenizer.chat_template"), str),

@@ -244,7 +244,10 @@ def llama_server(subject: Subject, folder: Path, warnings: list[str]) -> dict[st
         "ProtectSystem=strict",
         "PrivateTmp=yes",
         "# the models wherever they lie, in a home or in /tmp too",
-        f"BindReadOnlyPaths={_mounted(first.parent)}:{inside}",
+        "BindReadOnlyPaths=" + " ".join(
+            # the file itself: a link of the hub's cache leads out of its folder
+            f"{_mounted(path.resolve())}:{_mounted(Path(inside, path.name))}" for path in subject.files
+        ),
         "Restart=on-failure",
         "RestartSec=5",
         "",

@@ -21,7 +21,7 @@ from apex_quant.gguf.reader import SHARD_NAME, GGUFModel
 from apex_quant.model.facts import NOT_MODELS, ModelFacts, facts
 from apex_quant.model.kv_cache import PAD, KVCache, LayerCache, kv_cache
 from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
-from apex_quant.serving.memory import MIB, MemoryQuestion, library_memory
+from apex_quant.serving.memory import MIB, LibraryMemory, MemoryQuestion, library_memory
 from apex_quant.serving.offload import Placement, Use, Weights, placements, use, weights
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ FORMULA_ERROR: Final = 0.45
 """Of the estimate of compute buffers: within this share of the library's figure for six architectures at real sizes."""
 DEVICE_ERROR: Final = 0.3
 """An allowance, not measured: compute buffers of a device against those of the processor; `reserve` covers it."""
+CACHE_ERROR: Final = 0.02
+"""MiB of each cache by which the library's figure, which it prints to 0.01, may be another."""
 MAX_SEQUENCES: Final = 256
 """LLAMA_MAX_SEQ: more at a time than this no context takes."""
 
@@ -44,11 +46,13 @@ MAX_SEQUENCES: Final = 256
 @dataclass(frozen=True, slots=True)
 class Compute:
     """Compute buffers: (context, bytes) in the order of the contexts, the one that was asked for among them. `error`:
-    as a share of the value, there."""
+    as a share of the value, there. `told`: all that the library said of the context that was asked for, where it was
+    asked for these types."""
 
     points: tuple[tuple[int, int], ...]
     source: str
     error: float
+    told: LibraryMemory | None = None
 
     def at(self, ctx: int) -> int:
         """Bytes at a context: those of a point, a line between two of them, the last point's share of more tokens
@@ -114,6 +118,7 @@ class Fit:
 
     vram: int
     ram: int | None
+    devices: int
     ctx: int
     parallel: int
     reserve: int
@@ -130,7 +135,8 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "vram": self.vram, "ram": self.ram, "ctx": self.ctx, "parallel": self.parallel, "reserve": self.reserve,
+            "vram": self.vram, "ram": self.ram, "devices": self.devices, "ctx": self.ctx,
+            "parallel": self.parallel, "reserve": self.reserve,
             "options": [option.to_json() for option in self.options],
             "choice": None if self.choice is None else self.choice.to_json(), "reason": self.reason,
             "compute": {"bytes": self.compute.at(self.ctx), "error": self.compute.error, "source": self.compute.source},
@@ -143,6 +149,7 @@ def fit(
     *,
     vram: int,
     ram: int | None = None,
+    devices: int = 1,
     ctx: int = 32768,
     parallel: int = 1,
     type_k: str | None = None,
@@ -157,9 +164,10 @@ def fit(
 ) -> Fit:
     """Every file in `places` (files, or folders of them) with every pair of cache types, placed so that it fits.
 
-    `vram`, `ram`: bytes of the device and of main memory (0 and None: no device; main memory not checked); `ctx`:
-    tokens for each of `parallel` sequences; `reserve`: bytes of the device to leave free (default 1 GiB). `type_k` and
-    `type_v` fix one pair. `joint`: kv.json of `apex kv`, one or one for each file; `results`: those of `apex eval`.
+    `vram`, `ram`: bytes of the device and of main memory (0 and None: no device; main memory not checked); `devices`:
+    over which the layers and so `vram` are spread, each with compute buffers of its own; `ctx`: tokens for each of
+    `parallel` sequences; `reserve`: bytes of the devices to leave free (default 1 GiB of each). `type_k` and `type_v`
+    fix one pair. `joint`: kv.json of `apex kv`, one or one for each file; `results`: those of `apex eval`.
     With both the choice is the smallest sum of measured damages, and `joint` of the answer says whether more memory is
     better spent on weights or on the cache. Without `offload_experts` only whole layers leave the device (for servers
     that cannot place experts). `offered`: cache types of the server that is meant, by default those of this user's.
@@ -173,8 +181,10 @@ def fit(
         raise UsageError(
             f"{parallel} sequences of {ctx} tokens, {ubatch} together: at least 1, {MAX_SEQUENCES} sequences"
         )
+    if devices < 1:
+        raise UsageError("devices: at least 1, with 0 bytes where there is none")
     warnings: list[str] = []
-    kept = (RESERVE if vram else 0) if reserve is None else reserve
+    kept = (RESERVE * devices if vram else 0) if reserve is None else reserve
     device = vram
     if vram and kept >= vram:
         warnings.append(
@@ -218,9 +228,11 @@ def fit(
                 asked[shape] = compute_buffers(
                     model, known, ctx=ctx, parallel=parallel, ubatch=ubatch, pairs=possible, device=device > 0
                 )
-            question = _Question(device, ram, ctx, parallel, ubatch, kept, offload_experts)
+            question = _Question(device, devices, ram, ctx, parallel, ubatch, kept, offload_experts)
             where = weights(model)
-            options += [_option(model, known, where, pair, asked[shape][pair], question) for pair in possible]
+            made = [_option(model, known, where, pair, asked[shape][pair], question) for pair in possible]
+            warnings += [doubt for option in made if (doubt := _doubt(option)) is not None]
+            options += made
             if known.context_length and ctx > known.context_length:
                 warnings.append(f"{path.name}: was trained on {known.context_length} tokens at once, not {ctx}")
     if not languages:
@@ -233,7 +245,9 @@ def fit(
         from apex_quant.serving.joint import weigh
 
         answer = weigh(options, choice, damages)
-    return Fit(vram, ram, ctx, parallel, kept, tuple(options), choice, reason, tuple(dict.fromkeys(warnings)), answer)
+    return Fit(
+        vram, ram, devices, ctx, parallel, kept, tuple(options), choice, reason, tuple(dict.fromkeys(warnings)), answer
+    )
 
 
 def find_models(places: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -271,6 +285,7 @@ def shown_name(path: Path) -> str:
 @dataclass(frozen=True, slots=True)
 class _Question:
     vram: int
+    devices: int
     ram: int | None
     ctx: int
     parallel: int
@@ -299,7 +314,8 @@ def _option(
     host_compute = 4 * known.n_embd * asked.ubatch  # the embedded tokens, float32
 
     def at(place: Placement, ctx: int) -> tuple[Use, Use]:
-        return use(where, cache(ctx), place, compute.at(ctx), host_compute)
+        each = asked.devices if place.gpu_layers else 1
+        return use(where, cache(ctx), place, compute.at(ctx) * each, host_compute)
 
     layers = where.counted
     every = list(placements(layers, experts=asked.experts and where.expert_bytes > 0, device=asked.vram > 0))
@@ -323,6 +339,21 @@ def _option(
         ctx_left=longest(place), ctx_device=longest(every[0]) if asked.vram else 0, missing=best[0], layers=layers,
         compute=compute, cache=cache(asked.ctx).layers, note=cache(asked.ctx).note,
     )  # fmt: skip
+
+
+def _doubt(option: Option) -> str | None:
+    """A cache that the library would make another size than it is counted here: a newer library, or an architecture
+    whose rules are not known."""
+    told = option.compute.told
+    if told is None:
+        return None
+    counted = sum(layer.bytes for layer in option.cache) / MIB
+    if abs(counted - told.kv_mib) <= CACHE_ERROR * len(told.memory):
+        return None
+    return (
+        f"{option.name}: the library makes {told.kv_mib:,.2f} MiB of caches and states with {option.k}/{option.v}, "
+        f"counted are {counted:,.2f} MiB"
+    )
 
 
 def _choose(options: Sequence[Option], damage: Callable[[Option], Measured | None] | None) -> tuple[Option | None, str]:
@@ -404,12 +435,15 @@ def compute_buffers(
         points = tuple((at, _formula(model, known, ubatch, at)) for at in contexts)
         guess = Compute(points, f"estimated, the library was not asked: {error.message}", FORMULA_ERROR)
         return dict.fromkeys(pairs, guess)
-    sizes = iter(one.compute_bytes for one in told)
-    found = {pair: tuple((at, next(sizes)) for at in contexts) for pair in asked}
+    answers = iter(told)
+    found = {pair: {at: next(answers) for at in contexts} for pair in asked}
     source = "the library's figure for this processor" + ("; another device's may differ" if device else "")
     return {
         pair: Compute(
-            found[other], source + (f", for {other.name}" if other != pair else ""), DEVICE_ERROR if device else 0.0
+            tuple((at, one.compute_bytes) for at, one in found[other].items()),
+            source + (f", for {other.name}" if other != pair else ""),
+            DEVICE_ERROR if device else 0.0,
+            found[other][ctx] if other == pair else None,
         )
         for pair, other in named.items()
     }

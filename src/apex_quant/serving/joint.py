@@ -11,15 +11,18 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from apex_quant.errors import ApexError, InputError, UsageError
+from apex_quant.errors import InputError, UsageError
 from apex_quant.evaluation.identity import identity
 from apex_quant.gguf import open_model
 from apex_quant.serving.fit import shown_name
 
 if TYPE_CHECKING:
+    from apex_quant.evaluation.pairing import Side
     from apex_quant.evaluation.results import Results
     from apex_quant.serving.fit import Option
 
@@ -143,10 +146,19 @@ def _measured(row: Any) -> Measured | None:
 
 
 @dataclass(frozen=True)
+class FileDamage:
+    """What a file's results say: its mean KLD, and the numbers per token, where they have them, to pair."""
+
+    results: Results
+    kld: Measured
+    tokens: Side | None
+
+
+@dataclass(frozen=True)
 class Damages:
     """What was measured of some files: `weights` by path, `caches` by path."""
 
-    weights: dict[Path, tuple[Results, Measured]]
+    weights: dict[Path, FileDamage]
     caches: dict[Path, CacheDamage]
     warnings: tuple[str, ...]
 
@@ -164,17 +176,38 @@ class Damages:
         weight, cache = self.weights.get(option.path), self.cache(option)
         if weight is None or cache is None:
             return None
-        half = math.hypot(weight[1].half, cache.half)
-        value = weight[1].value + cache.value
+        half = math.hypot(weight.kld.half, cache.half)
+        value = weight.kld.value + cache.value
         return Measured(value, value - half, value + half)
+
+
+class _File:
+    """A model file whose bytes say what was measured on it: names change, and tiers of several models share them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, shown_name(path)
+        with open_model(path) as model:
+            self._bytes = sum(file.path.stat().st_size for file in model.files)
+
+    @cached_property
+    def _sha256(self) -> str:
+        with open_model(self.path) as model:
+            return identity(model).sha256
+
+    def is_that(self, size: int | None, sha256: str | None) -> bool:
+        """Whether something was measured on this file. It is read only where the size is the same."""
+        return size == self._bytes and sha256 == self._sha256
 
 
 def read_damages(
     kv: Sequence[str | os.PathLike[str]], places: Sequence[str | os.PathLike[str]], files: Sequence[Path]
 ) -> Damages:
-    """`kv`: kv.json files; `places`: results of `apex eval` for the files, by name. A file has the cache damage that
-    was measured on it, known by its sha256, else that of the first kv.json, with a warning. Raises UsageError without
-    results, InputError."""
+    """`kv`: kv.json files; `places`: results of `apex eval`. Results and cache damages belong to the file they were
+    measured on, known by its size and sha256; a file without a kv.json of its own has the first one's, with a warning.
+
+    Raises UsageError without results, InputError, also where results of two files cannot be compared: other references
+    or other tokens.
+    """
     from apex_quant.evaluation.results import find
 
     if not places:
@@ -187,31 +220,105 @@ def read_damages(
         for cache in known
         for k, v in cache.without
     ]
-    caches = {path: _cache_of(path, known, warnings) for path in files}
     results, _ = find([Path(place) for place in places])
-    by_name = {Path(one.model.path).name: one for one in results}
-    weights = {}
-    for path in files:
-        result = by_name.get(path.name)
-        kld = None if result is None else _kld(result)
-        if result is None or kld is None:
-            warnings.append(f"{shown_name(path)}: no mean KLD with an interval among the results")
-        else:
-            weights[path] = result, kld
+    caches: dict[Path, CacheDamage] = {}
+    weights: dict[Path, FileDamage] = {}
+    for file in map(_File, files):
+        caches[file.path] = _cache_of(file, known, warnings)
+        damage = _damage_of(file, results, warnings)
+        if damage is not None:
+            weights[file.path] = damage
+    for a, b in combinations(weights.values(), 2):
+        _require_comparable(a, b)
     return Damages(weights, caches, tuple(dict.fromkeys(warnings)))
 
 
-def _cache_of(path: Path, known: Sequence[CacheDamage], warnings: list[str]) -> CacheDamage:
-    """Which was measured on this file. Files of another size are others; only equal ones are read."""
-    with open_model(path) as model:
-        size = sum(file.path.stat().st_size for file in model.files)
-        alike = [one for one in known if one.bytes == size]
-        digest = identity(model).sha256 if alike else ""
-    for one in alike:
-        if one.sha256 == digest:
+def _cache_of(file: _File, known: Sequence[CacheDamage], warnings: list[str]) -> CacheDamage:
+    """Which was measured on this file, else the first."""
+    for one in known:
+        if file.is_that(one.bytes, one.sha256):
             return one
-    warnings.append(f"{shown_name(path)}: its cache types were not measured; those of {known[0].name} are taken for it")
+    warnings.append(f"{file.name}: its cache types were not measured; those of {known[0].name} are taken for it")
     return known[0]
+
+
+def _damage_of(file: _File, results: Sequence[Results], warnings: list[str]) -> FileDamage | None:
+    """The mean KLD over the most tokens that was measured on this file with a cache of f16."""
+    found: list[tuple[Results, Measured]] = []
+    for one in results:
+        if not file.is_that(one.model.bytes, one.model.sha256):
+            if Path(one.model.path).name == file.path.name:
+                warnings.append(f"{_where(one)}: not measured on the {file.path.name} that is here, so left out")
+            continue
+        if (types := _cache_types(one)) != ("f16", "f16"):
+            # its KLD has the cache's damage in it, which would be counted twice
+            warnings.append(f"{_where(one)}: measured with a cache of {types[0]}/{types[1]}, so left out")
+            continue
+        if (kld := _kld(one)) is not None:
+            found.append((one, kld))
+    if not found:
+        warnings.append(f"{file.name}: no mean KLD with an interval among the results")
+        return None
+    best, kld = max(found, key=lambda pair: _scored(pair[0]) or 0)
+    if len(found) > 1:
+        warnings.append(f"{file.name}: {len(found)} results are of it; {_where(best)} is taken, with the most tokens")
+    return FileDamage(best, kld, _tokens(best, warnings))
+
+
+def _require_comparable(a: FileDamage, b: FileDamage) -> None:
+    """Raises InputError where two results are of other references or other tokens: by the tokens themselves where both
+    have them, else by what their settings say."""
+    from apex_quant.evaluation.pairing import aligned, check_references, token_hashes
+    from apex_quant.evaluation.pertoken import of_metric
+    from apex_quant.evaluation.schema import different_references
+
+    both = f"{_where(a.results)} and {_where(b.results)}"
+    if different_references(a.results.reference or {}, b.results.reference or {}):
+        raise InputError(
+            f"{both} were measured against different references", hint="apex eval --reference, one for all"
+        )
+    if a.tokens is not None and b.tokens is not None:
+        x, y = (of_metric(side.arrays, "kld") for side in (a.tokens, b.tokens))
+        hashes = token_hashes(x, a.tokens, "kld"), token_hashes(y, b.tokens, "kld")
+        check_references(a.tokens, b.tokens, x, y, aligned(*hashes, a.tokens, b.tokens, "scored tokens"))
+        return
+    said = [{**one.results.settings, "tokens": _scored(one.results)} for one in (a, b)]
+    for key in ("ctx", "first_scored", "texts", "tokens"):
+        mine, other = (one.get(key) for one in said)
+        if None not in (mine, other) and mine != other:
+            raise InputError(
+                f"{both} were not measured on the same text: {key} {mine} and {other}",
+                hint="apex eval with the same --text, --ctx and --chunks for all",
+            )
+
+
+def _where(one: Results) -> str:
+    return str(one.path or one.name)
+
+
+def _cache_types(one: Results) -> tuple[str, str]:
+    """Types of K and V; of results that do not say, llama.cpp's default."""
+    options = one.settings.get("options")
+    said = options if isinstance(options, dict) else {}
+    return str(said.get("type_k", "f16")), str(said.get("type_v", "f16"))
+
+
+def _scored(one: Results) -> int | None:
+    """Tokens of the mean KLD."""
+    mean = getattr(one.metric("kld"), "mean", None)
+    return None if mean is None else mean.n
+
+
+def _tokens(one: Results, warnings: list[str]) -> Side | None:
+    """Its numbers per token, None without; a lost or broken archive is told."""
+    from apex_quant.evaluation.pairing import Side
+
+    try:
+        arrays = one.arrays()
+    except InputError as error:
+        warnings.append(f"{error.message}: differences are those of the intervals")
+        return None
+    return Side(one.name, _where(one), one, arrays) if "kld/kld" in arrays else None
 
 
 def weigh(options: Sequence[Option], choice: Option | None, damages: Damages) -> Joint:
@@ -279,17 +386,16 @@ def _weight_bytes(option: Option) -> int:
     return option.device.weights + option.host.weights
 
 
-def _difference(a: tuple[Results, Measured], b: tuple[Results, Measured]) -> tuple[float, float, float, bool]:
-    """a's KLD minus b's: paired on the same tokens where the numbers per token are there, else from the intervals."""
+def _difference(a: FileDamage, b: FileDamage) -> tuple[float, float, float, bool]:
+    """a's KLD minus b's: paired on the same tokens where the numbers per token are there, else from the intervals.
+    Raises InputError for numbers per token that cannot be compared."""
     from apex_quant.evaluation.compare import compare
 
-    try:
-        pair = compare([a[0], b[0]], ["kld"])[0]
-    except ApexError:
-        pair = None
-    if pair is not None and pair.difference is not None and pair.low is not None and pair.high is not None:
-        return pair.difference, pair.low, pair.high, True
-    gain, half = a[1].value - b[1].value, math.hypot(a[1].half, b[1].half)
+    if a.tokens is not None and b.tokens is not None:
+        pair = compare([a.results, b.results], ["kld"])[0]
+        if pair.difference is not None and pair.low is not None and pair.high is not None:
+            return pair.difference, pair.low, pair.high, True
+    gain, half = a.kld.value - b.kld.value, math.hypot(a.kld.half, b.kld.half)
     return gain, gain - half, gain + half, False
 
 

@@ -40,7 +40,8 @@ _MOST_CHECKPOINTS: Final = 8
 @dataclass(frozen=True)
 class ServePlan:
     """What will be served and why. `ctx`: tokens of each of `parallel` requests at a time; `prompt_cache` bytes of main
-    memory for earlier prompts and `checkpoints` of each request's states, which llama-server keeps beside the model."""
+    memory for earlier prompts and `checkpoints` of each request's states, which llama-server keeps beside the model;
+    `devices`: names of those that it was planned for."""
 
     model: Path
     alias: str
@@ -56,6 +57,7 @@ class ServePlan:
     sampling: dict[str, float]
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
+    devices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,13 +123,17 @@ def plan_service(
         if found.kind == "llama-server"
         else "the bindings' server, since no llama-server is on PATH or in LLAMA_CPP_DIR; one request at a time"
     ]
-    gpus = backend.devices(found)
+    listed_gpus = backend.devices(found)
+    gpus = backend.planned(listed_gpus)
     if vram is None:
         vram = sum(device.free for device in gpus)
         reasons.append(
             "; ".join(f"{device.name}: {device.words}, {device.free / 2**30:.1f} GiB free" for device in gpus)
             or "no GPU that this server can use"
         )
+        if left := [device for device in listed_gpus if device not in gpus]:
+            names = ", ".join(f"{device.name} ({device.words})" for device in left)
+            reasons.append(f"not planned for, as {gpus[0].kind} may see the same card or it is integrated: {names}")
     available = main_memory()[1]
     host = ram if ram is not None else None if available is None else round(available * _HOST_SHARE)
     together = 1 if found.kind != "llama-server" else parallel or 1
@@ -139,8 +145,9 @@ def plan_service(
     if listed and (foreign := [name for pair in pairs for name in pair if name not in listed]):
         raise UsageError(f"{found.command[0]} has no cache type {foreign[0]}", hint="it has " + ", ".join(listed))
     best, answer, why = _search(
-        files, ctx, pairs, vram, host, together, moe=found.kind == "llama-server", offered=listed
-    )
+        files, ctx, pairs, vram, host, together,
+        devices=max(len(gpus), 1), moe=found.kind == "llama-server", offered=listed,
+    )  # fmt: skip
     reasons += why
     cached, checkpoints = (0, 0) if found.kind != "llama-server" else _beside(best, host, together)
     if cached or checkpoints:
@@ -163,7 +170,7 @@ def plan_service(
         model=best.path, alias=alias or best.name, backend=found, ctx=answer.ctx, parallel=together,
         type_k=best.k, type_v=best.v, gpu_layers=best.placement.gpu_layers, cpu_moe=best.placement.cpu_moe,
         prompt_cache=cached, checkpoints=checkpoints, sampling=sampling,
-        reasons=tuple(reasons), warnings=tuple(dict.fromkeys(warnings)),
+        reasons=tuple(reasons), warnings=tuple(dict.fromkeys(warnings)), devices=tuple(one.name for one in gpus),
     )  # fmt: skip
 
 
@@ -173,7 +180,7 @@ def _pairs(kv: str) -> list[Pair]:
 
 def _search(
     files: Sequence[Path], ctx: int | str, pairs: Sequence[Pair], vram: int, ram: int | None, parallel: int,
-    *, moe: bool, offered: Sequence[str],
+    *, devices: int, moe: bool, offered: Sequence[str],
 ) -> tuple[Option, Fit, list[str]]:  # fmt: skip
     """The first context for which something is wholly on the device; without one, that fits at all."""
     with open_model(files[0]) as model:
@@ -190,8 +197,9 @@ def _search(
     tried = []
     for one in contexts:
         answer = fit(
-            files, vram=vram, ram=ram, ctx=one, parallel=parallel, pairs=pairs, offload_experts=moe, offered=offered
-        )
+            files, vram=vram, ram=ram, devices=devices, ctx=one, parallel=parallel, pairs=pairs, offload_experts=moe,
+            offered=offered,
+        )  # fmt: skip
         tried.append(answer)
         if answer.choice is not None and (answer.choice.all_on_device or not vram):
             break
@@ -331,6 +339,7 @@ def serve(
         parallel=chosen.parallel, type_k=chosen.type_k, type_v=chosen.type_v, gpu_layers=chosen.gpu_layers,
         cpu_moe=chosen.cpu_moe, threads=threads, sampling=chosen.sampling, prompt_cache=chosen.prompt_cache,
         checkpoints=chosen.checkpoints, keyless=not keys,
+        devices=chosen.devices,
     )  # fmt: skip
     known = None
     if chosen.backend.kind == "llama-server":
