@@ -35,6 +35,8 @@ def test_bounds_of_grammars() -> None:
     for bad in (
         "root ::= " + "(" * MAX_DEPTH, "x" * 70_000, 'root ::= "a"{1001}', 'root ::= "a"{0,' + "9" * 5000 + "}",
         'root ::= ("a"{20}){20}', 'root ::= (("a"{20}) "b") {20}', " ".join(['"a"{100}'] * 11),
+        'root ::= "\n" ((("a"{0,20}){0,20}){0,20}) "\n"', "root ::= [\n] (([a]{20}){20}) [\n]",
+        "root ::= # ends here\r" + "(" * MAX_DEPTH,
     ):  # fmt: skip
         with pytest.raises(GrammarError):
             check_grammar(bad)

@@ -19,6 +19,7 @@ import pytest
 from apex_quant import embedded_model
 from apex_quant.errors import ResourceError
 from apex_quant.serving.serve import Service, serve
+from tests.serving.test_grammar_masks import ATTACKS
 
 KEY = "a-key-of-mine"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -261,6 +262,9 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "grammar": 'root ::= (("a"?){0,40}){0,40}'}),
     ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "a"{5,2}'}),
     ("/v1/completions", {"prompt": "a", "grammar": "root ::= " + "(" * 50 + '"a"?' + ")+" * 50}),
+    ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "\n" (((("a"{0,20}){0,20}){0,20}){0,20}) "\n"'}),
+    ("/v1/completions", {"prompt": "a", "grammar": "root ::= # \r" + "(" * 50_000}),
+    ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "a" [^\\x00-\\UFFFFFFFF]'}),
     *(
         ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_object", "schema": schema}})
         for schema in (
@@ -271,6 +275,7 @@ BAD: list[tuple[str, Any]] = [
             {"$ref": "#/nowhere"},
             {"$ref": "https://192.0.2.1/schema.json"},
             {"type": "surprise"},
+            {"type": "string", "pattern": "^[^\\x00-\\UFFFFFFFF]$"},
         )
     ),
     ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_schema"}}),
@@ -348,6 +353,20 @@ def _backend(service: Service) -> int:
     guard = service.program._guard.pid
     (child,) = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
     return int(child)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_grammars_that_cost_without_end(name: str, service: Service) -> None:
+    """Each until the server's own bounds end it; the next request is answered."""
+    body = {"prompt": "Say: ", "max_tokens": 200, "temperature": 0, "grammar": ATTACKS[name],
+            "logit_bias": {"a": 50, "[": 50}, "logit_bias_type": "tokens"}  # fmt: skip
+    status, document = post(service, "/v1/completions", json.dumps(body).encode())
+    assert status == 400
+    assert "grammar" in document["error"]["message"]
+    body = {"prompt": "Say: ", "grammar": 'root ::= "yes"'}
+    status, document = post(service, "/v1/completions", json.dumps(body).encode())
+    assert (status, document["choices"][0]["text"]) == (200, "yes")
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 Around llama_cpp.server's application: keys from the environment compared in constant time, without one no pages from
 elsewhere, requests made into what the bindings take (`openai_request`), errors in OpenAI's shape whatever goes wrong, a
-/health that answers while a request computes, bounded bodies and grammars, no other endpoints. Sliding windows are kept
-short as llama-server does.
+/health that answers while a request computes, bounded bodies, grammars followed in a process of their own
+(`grammar_masks`), no other endpoints. Sliding windows are kept short as llama-server does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from apex_quant.gguf.types import TYPES
 from apex_quant.native.bindings import bindings
-from apex_quant.serving.grammars import check_grammar
+from apex_quant.serving.grammar_masks import Masks, masked
 from apex_quant.serving.openai_answer import calling, counted, usage_event
 from apex_quant.serving.openai_request import ASKED, Asked, BadRequest, Model, rewritten
 
@@ -259,7 +259,6 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
                      "code": None}  # fmt: skip
 
     RouteErrorHandler.error_message_wrapper = worded
-    _refuse_bad_grammars(lib)
     # the bindings' settings have no field for it, and the library's own default keeps the whole context
     defaults = lib.llama_context_default_params
 
@@ -286,27 +285,13 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     assert module._llama_proxy is not None
     llama = module._llama_proxy(alias)
     vocabulary = llama._model.vocab
+    llama.generate = masked(llama.generate, Masks(words.model, llama.n_vocab()))
     llama.generate = counted(llama, lambda token: bool(lib.llama_vocab_is_eog(vocabulary, token)))
     # as create_chat_completion() chooses it
     chat = llama.chat_handler or llama._chat_handlers.get(llama.chat_format)
     llama.chat_handler = calling(chat or get_chat_completion_handler(llama.chat_format))
     template = str(llama.metadata.get("tokenizer.chat_template", ""))
     return Front(made, keys, Model(alias, llama.n_vocab(), template), words.host)
-
-
-def _refuse_bad_grammars(lib: Any) -> None:
-    """The library answers a grammar that it cannot read with a null pointer, on which the bindings then crash, and
-    crashes itself on some. Whatever way a grammar takes, this is its last door."""
-    made = lib.llama_sampler_init_grammar
-
-    def checked(vocabulary: Any, grammar: bytes, *more: Any) -> Any:
-        check_grammar(grammar.decode("utf-8", "replace"))
-        sampler = made(vocabulary, grammar, *more)
-        if not sampler:
-            raise ValueError("the grammar (of the request, or of its JSON schema) cannot be read")
-        return sampler
-
-    lib.llama_sampler_init_grammar = checked
 
 
 def list_devices() -> None:

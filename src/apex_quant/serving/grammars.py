@@ -1,7 +1,8 @@
 """Grammars of requests: JSON schemas made into GBNF, and both bounded before the library's parser sees them.
 
-llama.cpp reads grammars by recursion and copies what is repeated: without bounds one request ends the process that
-serves everybody. What is refused here is no grammar that anybody writes by hand.
+llama.cpp reads grammars by recursion and copies what is repeated. What is refused here is no grammar that anybody
+writes by hand; the client is told why, and nothing was started for it. That a grammar passes says nothing about what it
+costs: `grammar_masks` bounds that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MAX_DEPTH: Final = 256  # brackets in one another
 MAX_REPEATED: Final = 1000  # the sum of all counts
 MAX_NESTED: Final = 256  # the product of counts in one another, which the sampler's time grows with the square of
 _TOKEN: Final = re.compile(
-    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|\[(?:\\.|[^\]\\\n])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL
+    r"#[^\r\n]*|\"(?:\\.|[^\"\\])*\"|\[(?:\\.|[^\]\\])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL
 )
 _PATTERN_TOKEN: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL)
 _COUNTS: Final = ("minLength", "maxLength", "minItems", "maxItems")
