@@ -35,6 +35,10 @@ TOOL: dict[str, Any] = {
         },
     },
 }
+SET_FOR_SOMETHING_ELSE = {
+    "N_BATCH": "many", "CHAT_FORMAT": "llava-1-5", "LORA_PATH": "/nowhere", "HF_MODEL_REPO_ID": "no/where",
+    "API_KEY": "another's", "CONFIG_FILE": "/nowhere", "ROPE_FREQ_BASE": "5", "HOST": "elsewhere", "PORT": "x",
+}  # fmt: skip
 OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 
 
@@ -43,6 +47,8 @@ def _no_llama_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "/usr/bin:/bin")
         patch.delenv("LLAMA_CPP_DIR", raising=False)
+        for name, value in SET_FOR_SOMETHING_ELSE.items():
+            patch.setenv(name, value)
         yield
 
 

@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import json
 import os
+import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
@@ -25,10 +26,15 @@ from apex_quant.serving.openai_answer import calling, counted, usage_event
 from apex_quant.serving.openai_request import ASKED, Asked, BadRequest, Model, rewritten
 
 MAX_BODY: Final = 64 << 20
+_BATCH: Final = 512  # tokens, the library's own default
+_BACKLOG: Final = 2048  # connections that wait, as many as uvicorn takes
 _OPEN: Final = ("/health", "/v1/health")
 _SERVED: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 """The bindings' others are not OpenAI's, or need a model of embeddings; detokenizing a wrong number ends them."""
 _DONE: Final = b"data: [DONE]"
+_NOT_READ: Final = "APEX_NOT_READ_"
+"""Before the names under which the bindings' settings look into the environment: bare, a SEED or LORA_PATH that is
+there for something else would change what is served."""
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "not_found_error",
                  413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
@@ -274,10 +280,15 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     settings = ModelSettings(
         model=words.model, model_alias=words.alias, n_ctx=words.ctx, n_gpu_layers=words.gpu_layers,
         type_k=TYPES[words.type_k.upper()].id, type_v=TYPES[words.type_v.upper()].id,
-        flash_attn=TYPES[words.type_v.upper()].is_quantized, logits_all=False, verbose=False,
+        n_batch=max(_BATCH, words.ubatch), n_ubatch=words.ubatch, use_mmap=not words.no_mmap,
+        tensor_split=words.tensor_split and [float(part) for part in words.tensor_split.split(",")],
+        flash_attn=words.flash_attn or TYPES[words.type_v.upper()].is_quantized, logits_all=False, verbose=False,
         **({} if words.threads is None else {"n_threads": words.threads, "n_threads_batch": words.threads}),
+        _env_prefix=_NOT_READ,
     )  # fmt: skip
-    server = ServerSettings(host=words.host, port=words.port, api_key=None, interrupt_requests=False)
+    server = ServerSettings(
+        host=words.host, port=words.port, api_key=None, interrupt_requests=False, _env_prefix=_NOT_READ
+    )
     made = module.create_app(server_settings=server, model_settings=[settings])
     # it lets pages from everywhere read answers; added by name, so that nothing else goes with it
     made.user_middleware = [one for one in made.user_middleware if one.cls.__name__ != "CORSMiddleware"]
@@ -333,16 +344,33 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--type-k", default="f16")
     parser.add_argument("--type-v", default="f16")
     parser.add_argument("--gpu-layers", type=int, default=0)
+    parser.add_argument("--tensor-split", help="shares of the devices, separated by commas")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--ubatch", type=int, default=_BATCH)
+    parser.add_argument("--no-mmap", action="store_true")
+    parser.add_argument("--flash-attn", action="store_true")
     words = parser.parse_args(arguments)
     if words.list_devices:
         list_devices()
         return
-    import uvicorn
+    # before the model is loaded: who comes later learns at once that the port is taken, and nobody else can take it
+    with listening(words.host, words.port) as one:
+        import uvicorn
 
-    # taken out at once: the settings classes read the environment too
-    keys = tuple(key for key in os.environ.pop("LLAMA_API_KEY", "").split(",") if key)
-    uvicorn.run(application(words, keys), host=words.host, port=words.port, log_level="warning", timeout_keep_alive=30)
+        keys = tuple(key for key in os.environ.pop("LLAMA_API_KEY", "").split(",") if key)
+        os.environ.pop("CONFIG_FILE", None)  # create_app() would take its settings for ours
+        config = uvicorn.Config(application(words, keys), log_level="warning", timeout_keep_alive=30)
+        uvicorn.Server(config).run(sockets=[one])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; connections wait until somebody accepts them. Ends the program when the port is
+    taken."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise SystemExit(f"{host} port {port} cannot be used: {error.strerror}") from None
 
 
 if __name__ == "__main__":
