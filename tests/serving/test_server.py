@@ -173,6 +173,16 @@ def test_json_mode(client: openai.OpenAI) -> None:
         assert set(json.loads(said.choices[0].message.content or "")) == {"a", "b"}
 
 
+def test_a_recursive_schema(client: openai.OpenAI) -> None:
+    node = {"type": "object", "properties": {"on": {"$ref": "#/$defs/node"}}, "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {
+        "name": "node", "schema": {"$ref": "#/$defs/node", "$defs": {"node": node}}}}  # fmt: skip
+    said = client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=80, temperature=0, response_format=form
+    )  # fmt: skip
+    assert (said.choices[0].message.content or "").startswith("{")
+
+
 @pytest.mark.parametrize("path", ["chat", "text"])
 def test_streams_count_tokens_as_answers_do(path: str, client: openai.OpenAI) -> None:
     if path == "chat":
@@ -260,6 +270,13 @@ BAD: list[tuple[str, Any]] = [
     ),
     ("/v1/completions", {"prompt": "a", "grammar": "root ::= ("}),
     ("/v1/completions", {"prompt": ["a", "b"]}),
+    ("/v1/completions", {"prompt": ""}),
+    ("/v1/completions", {"prompt": "a", "temperature": float("nan")}),
+    ("/v1/completions", {"prompt": "a", "stop": ["x"] * 3_000_000}),
+    ("/v1/completions", {"prompt": "a", "messages": HELLO}),
+    ("/v1/chat/completions", {"messages": HELLO, "reasoning_effort": "high"}),
+    ("/v1/chat/completions", {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * (5 << 20)}]}),
     ("/v1/completions", {"prompt": "\ud800"}),
     ("/v1/completions", {"prompt": "a", "logprobs": 10**9}),
     *(("/v1/completions", {"messages": wrong, "prompt": [1, 2]}) for wrong in ("x", None, 5, [1])),

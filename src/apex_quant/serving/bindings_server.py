@@ -9,9 +9,11 @@ elsewhere, requests made into what the bindings take (`openai_request`), errors 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hmac
 import ipaddress
 import json
+import math
 import os
 import socket
 import sys
@@ -22,6 +24,7 @@ from urllib.parse import urlsplit
 from apex_quant.gguf.types import TYPES
 from apex_quant.native.bindings import bindings
 from apex_quant.serving.grammar_masks import Masks, masked
+from apex_quant.serving.long_texts import tokenizing
 from apex_quant.serving.openai_answer import calling, counted, usage_event
 from apex_quant.serving.openai_request import ASKED, Asked, BadRequest, Model, rewritten
 
@@ -84,7 +87,13 @@ class Front:
                 await _answer(send, status, error_body(status, str(error)))
                 return
             ASKED.set(asked)
-            receive = _replayed(json.dumps(request).encode(), receive)
+            gone = asyncio.Event()
+            watch = asyncio.create_task(_watched(receive, asked, gone))
+            try:
+                await _told(self._app, scope, _replayed(json.dumps(request).encode(), gone), send)
+            finally:
+                watch.cancel()
+            return
         await _told(self._app, scope, receive, send)
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
@@ -147,19 +156,39 @@ async def _json(receive: Receive) -> Any:
         if not message.get("more_body"):
             break
     try:
-        return json.loads(b"".join(parts))
+        return json.loads(b"".join(parts), parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the request body is not JSON: {error}") from None
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body again, then whatever comes (a disconnect)."""
+def _no_number(word: str) -> float:
+    """For NaN and Infinity, which Python's reader takes and JSON does not have."""
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(digits[:20])
+
+
+async def _watched(receive: Receive, asked: Asked, gone: asyncio.Event) -> None:
+    """Until the client goes away. The bindings look for that between the pieces of a stream alone, and would compute
+    other answers to their end."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    asked.gone = True
+    gone.set()
+
+
+def _replayed(body: bytes, gone: asyncio.Event) -> Receive:
+    """The body again, then that the client has gone, once it has."""
     given = False
 
     async def again() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            await gone.wait()
+            return {"type": "http.disconnect"}
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
@@ -249,6 +278,7 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     from llama_cpp.server import app as module
     from llama_cpp.server.errors import RouteErrorHandler
     from llama_cpp.server.settings import ModelSettings, ServerSettings
+    from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 
     original = RouteErrorHandler.error_message_wrapper
 
@@ -296,13 +326,16 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     assert module._llama_proxy is not None
     llama = module._llama_proxy(alias)
     vocabulary = llama._model.vocab
+    llama.tokenize = tokenizing(llama.tokenize)
     llama.generate = masked(llama.generate, Masks(words.model, llama.n_vocab()))
     llama.generate = counted(llama, lambda token: bool(lib.llama_vocab_is_eog(vocabulary, token)))
     # as create_chat_completion() chooses it
     chat = llama.chat_handler or llama._chat_handlers.get(llama.chat_format)
     llama.chat_handler = calling(chat or get_chat_completion_handler(llama.chat_format))
     template = str(llama.metadata.get("tokenizer.chat_template", ""))
-    return Front(made, keys, Model(alias, llama.n_vocab(), template), words.host)
+    kinds = {"/v1/completions": CreateCompletionRequest, "/v1/chat/completions": CreateChatCompletionRequest}
+    fields = {path: frozenset(kind.model_fields) for path, kind in kinds.items()}
+    return Front(made, keys, Model(alias, llama.n_vocab(), template, fields), words.host)
 
 
 def list_devices() -> None:

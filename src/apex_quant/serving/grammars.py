@@ -109,8 +109,7 @@ def _check_counts(schema: dict[str, Any]) -> None:
 
 def schema_grammar(schema: Any) -> str:
     """GBNF that admits what `schema` describes. Raises GrammarError."""
-    check_schema(schema)
-    return _converted(json.loads(json.dumps(schema)), {})
+    return _converted(_read(schema), {})
 
 
 def calls_grammar(functions: Sequence[Mapping[str, Any]], *, reply: bool) -> str:
@@ -118,13 +117,22 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], *, reply: bool) -> str
     `reply` of `{"response": TEXT}` instead. Raises GrammarError."""
     parts: dict[str, Any] = {}
     for index, function in enumerate(functions):
-        check_schema(function["parameters"])
-        parts[f"function-{index}"] = json.loads(json.dumps(function["parameters"]))
+        parts[f"function-{index}"] = _read(function["parameters"])
     every = [
         _object(tool_call=_object(name={"const": function["name"]}, arguments=part))
         for function, part in zip(functions, parts.values(), strict=True)
     ]
     return _converted({"anyOf": [*every, *([_object(response={"type": "string"})] if reply else [])]}, parts)
+
+
+def _read(schema: Any) -> Any:
+    """A copy. A reference at the root, as of a model that refers to itself, becomes the one choice: the converter looks
+    for no others beside a reference. Raises GrammarError."""
+    check_schema(schema)
+    copy = json.loads(json.dumps(schema))
+    if isinstance(copy, dict) and "$ref" in copy:
+        copy["oneOf"] = [{"$ref": copy.pop("$ref")}]
+    return copy
 
 
 def _object(**properties: Any) -> dict[str, Any]:
