@@ -244,6 +244,15 @@ def test_the_key_is_on_no_command_line(service: Service) -> None:
     assert not any(KEY.encode() in line for line in lines)
 
 
+def test_the_process_for_grammars_gets_no_key(service: Service) -> None:
+    body = {"prompt": "Say: ", "grammar": 'root ::= "yes"'}
+    assert post(service, "/v1/completions", json.dumps(body).encode())[0] == 200
+    server = _backend(service)
+    children = [one for path in Path(f"/proc/{server}/task").glob("*/children") for one in path.read_text().split()]
+    (child,) = [one for one in children if b"grammar_child" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    assert KEY.encode() not in Path(f"/proc/{child}/environ").read_bytes()
+
+
 BAD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", b"{"),
     ("/v1/chat/completions", b"[]"),
