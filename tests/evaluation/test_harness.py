@@ -6,6 +6,7 @@ A stand-in for llama-server answers on the real port, one for lm_eval asks it an
 from __future__ import annotations
 
 import fcntl
+import http.client
 import importlib.util
 import itertools
 import json
@@ -388,7 +389,7 @@ def test_the_bindings_server_is_the_last_resort(tmp_path: Path, monkeypatch: pyt
     no_program(tmp_path, monkeypatch)
     monkeypatch.setattr(server, "_installed", lambda name: True)
     found = find_server()
-    assert (found.kind, found.command[-1]) == ("llama_cpp.server", "llama_cpp.server")
+    assert (found.kind, found.command[-1]) == ("llama_cpp.server", server.BINDINGS_SERVER)
     monkeypatch.setattr(server, "_installed", lambda name: name not in ("uvicorn", "fastapi"))
     with pytest.raises(ResourceError, match="lacks fastapi, uvicorn") as caught:
         find_server()
@@ -416,28 +417,40 @@ OPTIONS = SessionOptions(
 
 def test_options_of_the_servers() -> None:
     stock = Found("llama-server", ("llama-server",))
-    argv = server_command(stock, "m.gguf", 1, "key", ctx=100, parallel=3, options=OPTIONS)
+    argv = server_command(stock, "m.gguf", 1, ctx=100, parallel=3, options=OPTIONS)
     assert " ".join(argv[1:7]) == "--model m.gguf --host 127.0.0.1 --port 1"
     assert " ".join(argv[7:17]) == "--alias apex --ctx-size 300 --parallel 3 --ubatch-size 256 --n-gpu-layers 999"
     assert " ".join(argv[17:23]) == "--tensor-split 3,1 --override-tensor exps=CPU --cache-type-k q8_0"
     assert argv[23:] == ["--flash-attn", "on", "--cpu-moe", "--no-repack"]
     bindings = Found("llama_cpp.server", ("python", "-m", "llama_cpp.server"))
-    with pytest.raises(ResourceError, match="cpu_experts, tensor_buffers, no repack, type_k, parallel"):
-        server_command(bindings, "m.gguf", 1, "key", ctx=100, parallel=3, options=OPTIONS)
+    with pytest.raises(ResourceError, match="cpu_experts, tensor_buffers, no repack, parallel"):
+        server_command(bindings, "m.gguf", 1, ctx=100, parallel=3, options=OPTIONS)
     plain = SessionOptions(gpu_layers=-1, tensor_split=(3, 1))
-    argv = server_command(bindings, "m.gguf", 1, "key", ctx=100, parallel=1, options=plain)
-    for flag, value in (("--api_key", "key"), ("--n_ctx", "100"), ("--n_gpu_layers", "-1"), ("--use_mmap", "true")):
+    argv = server_command(bindings, "m.gguf", 1, ctx=100, parallel=1, options=plain)
+    for flag, value in (("--ctx", "100"), ("--gpu-layers", "-1"), ("--tensor-split", "3,1"), ("--type-k", "f16")):
         assert option(argv, flag) == value
-    assert argv[-3:] == ["--tensor_split", "3.0", "1.0"]
+    assert "--no-mmap" not in argv
+    argv = server_command(
+        bindings, "m.gguf", 1, ctx=100, parallel=1, options=SessionOptions(mmap=False, flash_attention="on")
+    )
+    assert argv[-2:] == ["--no-mmap", "--flash-attn"]
 
 
-def test_options_that_the_bindings_server_knows() -> None:
-    settings = pytest.importorskip("llama_cpp.server.settings", reason="pydantic-settings is not installed")
-    bindings = Found("llama_cpp.server", ("python", "-m", "llama_cpp.server"))
-    options = SessionOptions(threads=2, tensor_split=(3, 1), flash_attention="on")
-    argv = server_command(bindings, "m.gguf", 1, "key", ctx=100, parallel=1, options=options)
-    known = {*settings.ModelSettings.model_fields, *settings.ServerSettings.model_fields}
-    assert {word.removeprefix("--") for word in argv if word.startswith("--")} <= known
+def test_the_bindings_server_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes these options, answers with its key alone, and reads no settings of its own in the environment."""
+    no_program(tmp_path, monkeypatch)
+    for name, value in (("N_BATCH", "many"), ("API_KEY", "another"), ("CONFIG_FILE", "/nowhere"), ("SEED", "x")):
+        monkeypatch.setenv(name, value)
+    options = SessionOptions(threads=1, gpu_layers=-1, ubatch=64, type_k="q8_0", mmap=False, flash_attention="on")
+    with Server.start(embedded_model(), find_server(), ctx=64, options=options) as running:
+        for key, status in ((running.key, 200), ("another", 401)):
+            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+            connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert connection.getresponse().status == status
+            connection.close()
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+        assert any(server.BINDINGS_SERVER.encode() in line for line in lines)
+        assert not any(running.key.encode() in line for line in lines)
 
 
 # --- the harness's JSON ---

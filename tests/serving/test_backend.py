@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,40 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         serve(MODEL, server=program, port=service.port)
     with pytest.raises(UsageError, match="outside"):
         serve(MODEL, server=program, port=70000)
+
+
+def test_somebody_else_at_the_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes the port after it was looked at is not reported as ours, whatever it answers, and gets no key."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as foreign:
+        threading.Thread(target=foreign.serve_forever, daemon=True).start()
+        monkeypatch.setattr("apex_quant.serving.serve.bindable", lambda host, port: port)
+        program, keys = standin(tmp_path / "bin"), key_file(tmp_path / "keys")
+        with pytest.raises(ResourceError, match="Address already in use"):
+            serve(MODEL, server=program, port=foreign.server_port, api_key_file=keys)
+        (tmp_path / "bin" / "never").touch()  # it does not even try, as long as it loads
+        looks = itertools.count()
+        with pytest.raises(ResourceError, match="did not serve"):
+            serve(MODEL, server=program, port=foreign.server_port, deadline=3, clock=lambda: float(next(looks)))
+        foreign.shutdown()
+    assert asked == []
+
+
+def test_an_address_as_urls_have_it(tmp_path: Path) -> None:
+    with serve(MODEL, server=standin(tmp_path), port=0, host="[127.0.0.1]") as service:
+        assert service.url == f"http://127.0.0.1:{service.port}/v1"
+        assert option(seen(tmp_path)["argv"], "--host") == "127.0.0.1"
+
+
+def option(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
 
 
 def test_keys(tmp_path: Path) -> None:

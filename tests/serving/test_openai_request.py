@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pydantic
 import pytest
 
 from apex_quant.serving.grammars import (
@@ -35,6 +36,8 @@ def test_bounds_of_grammars() -> None:
     for bad in (
         "root ::= " + "(" * MAX_DEPTH, "x" * 70_000, 'root ::= "a"{1001}', 'root ::= "a"{0,' + "9" * 5000 + "}",
         'root ::= ("a"{20}){20}', 'root ::= (("a"{20}) "b") {20}', " ".join(['"a"{100}'] * 11),
+        'root ::= "\n" ((("a"{0,20}){0,20}){0,20}) "\n"', "root ::= [\n] (([a]{20}){20}) [\n]",
+        "root ::= # ends here\r" + "(" * MAX_DEPTH,
     ):  # fmt: skip
         with pytest.raises(GrammarError):
             check_grammar(bad)
@@ -92,6 +95,42 @@ def test_choices() -> None:
     assert [tool["function"]["name"] for tool in named["tools"]] == ["add"]
     with pytest.raises(BadRequest, match="none of tools"):
         chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "add"}})
+
+
+def test_nothing_is_left_out_in_silence() -> None:
+    model = Model("m", 100, fields={"/v1/chat/completions": frozenset({"messages", "model", "seed", "user"})})
+    for unknown in ("chat_template_kwargs", "reasoning_effort", "foo"):
+        with pytest.raises(BadRequest, match=f"has no {unknown}"):
+            chat(model, **{unknown: {"x": 1}})
+        assert unknown not in chat(model, **{unknown: None})
+    kept = chat(model, seed=1, user="me", store=True, metadata={}, parallel_tool_calls=False, service_tier="auto")
+    assert set(kept) == {"messages", "model", "seed", "user"}
+
+
+def test_stops_are_bounded() -> None:
+    for good in (None, "x", ["x"] * 16, ["x" * 256] * 16):
+        assert chat(stop=good).get("stop") == good
+    for bad in (["x"] * 17, "x" * 4097, ["x" * 257] * 16):
+        with pytest.raises(BadRequest, match="stop is at most"):
+            chat(stop=bad)
+    with pytest.raises(BadRequest, match="texts"):
+        chat(logit_bias={f"word {i}": 1 for i in range(2000)}, logit_bias_type="tokens")
+
+
+def test_a_schema_that_refers_to_itself() -> None:
+    """As pydantic writes a model with a field of its own type."""
+
+    class Node(pydantic.BaseModel):
+        value: int
+        next: Node | None = None
+
+    Node.model_rebuild(_types_namespace={"Node": Node})
+    schema = Node.model_json_schema()
+    assert "$ref" in schema
+    assert '"\\"value\\""' in schema_grammar(schema)
+    text = calls_grammar([{"name": "a", "parameters": schema}], reply=True)
+    assert '"\\"next\\""' in text
+    assert "$ref" in schema  # the request's own is left as it was
 
 
 def test_limits_have_one_name() -> None:

@@ -19,6 +19,7 @@ import pytest
 from apex_quant import embedded_model
 from apex_quant.errors import ResourceError
 from apex_quant.serving.serve import Service, serve
+from tests.serving.test_grammar_masks import ATTACKS
 
 KEY = "a-key-of-mine"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -34,6 +35,10 @@ TOOL: dict[str, Any] = {
         },
     },
 }
+SET_FOR_SOMETHING_ELSE = {
+    "N_BATCH": "many", "CHAT_FORMAT": "llava-1-5", "LORA_PATH": "/nowhere", "HF_MODEL_REPO_ID": "no/where",
+    "API_KEY": "another's", "CONFIG_FILE": "/nowhere", "ROPE_FREQ_BASE": "5", "HOST": "elsewhere", "PORT": "x",
+}  # fmt: skip
 OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 
 
@@ -42,6 +47,8 @@ def _no_llama_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "/usr/bin:/bin")
         patch.delenv("LLAMA_CPP_DIR", raising=False)
+        for name, value in SET_FOR_SOMETHING_ELSE.items():
+            patch.setenv(name, value)
         yield
 
 
@@ -166,6 +173,16 @@ def test_json_mode(client: openai.OpenAI) -> None:
         assert set(json.loads(said.choices[0].message.content or "")) == {"a", "b"}
 
 
+def test_a_recursive_schema(client: openai.OpenAI) -> None:
+    node = {"type": "object", "properties": {"on": {"$ref": "#/$defs/node"}}, "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {
+        "name": "node", "schema": {"$ref": "#/$defs/node", "$defs": {"node": node}}}}  # fmt: skip
+    said = client.chat.completions.create(
+        model="m", messages=HELLO, max_tokens=80, temperature=0, response_format=form
+    )  # fmt: skip
+    assert (said.choices[0].message.content or "").startswith("{")
+
+
 @pytest.mark.parametrize("path", ["chat", "text"])
 def test_streams_count_tokens_as_answers_do(path: str, client: openai.OpenAI) -> None:
     if path == "chat":
@@ -227,6 +244,15 @@ def test_the_key_is_on_no_command_line(service: Service) -> None:
     assert not any(KEY.encode() in line for line in lines)
 
 
+def test_the_process_for_grammars_gets_no_key(service: Service) -> None:
+    body = {"prompt": "Say: ", "grammar": 'root ::= "yes"'}
+    assert post(service, "/v1/completions", json.dumps(body).encode())[0] == 200
+    server = _backend(service)
+    children = [one for path in Path(f"/proc/{server}/task").glob("*/children") for one in path.read_text().split()]
+    (child,) = [one for one in children if b"grammar_child" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    assert KEY.encode() not in Path(f"/proc/{child}/environ").read_bytes()
+
+
 BAD: list[tuple[str, Any]] = [
     ("/v1/chat/completions", b"{"),
     ("/v1/chat/completions", b"[]"),
@@ -253,6 +279,13 @@ BAD: list[tuple[str, Any]] = [
     ),
     ("/v1/completions", {"prompt": "a", "grammar": "root ::= ("}),
     ("/v1/completions", {"prompt": ["a", "b"]}),
+    ("/v1/completions", {"prompt": ""}),
+    ("/v1/completions", {"prompt": "a", "temperature": float("nan")}),
+    ("/v1/completions", {"prompt": "a", "stop": ["x"] * 3_000_000}),
+    ("/v1/completions", {"prompt": "a", "messages": HELLO}),
+    ("/v1/chat/completions", {"messages": HELLO, "reasoning_effort": "high"}),
+    ("/v1/chat/completions", {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * (5 << 20)}]}),
     ("/v1/completions", {"prompt": "\ud800"}),
     ("/v1/completions", {"prompt": "a", "logprobs": 10**9}),
     *(("/v1/completions", {"messages": wrong, "prompt": [1, 2]}) for wrong in ("x", None, 5, [1])),
@@ -261,6 +294,9 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "grammar": 'root ::= (("a"?){0,40}){0,40}'}),
     ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "a"{5,2}'}),
     ("/v1/completions", {"prompt": "a", "grammar": "root ::= " + "(" * 50 + '"a"?' + ")+" * 50}),
+    ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "\n" (((("a"{0,20}){0,20}){0,20}){0,20}) "\n"'}),
+    ("/v1/completions", {"prompt": "a", "grammar": "root ::= # \r" + "(" * 50_000}),
+    ("/v1/completions", {"prompt": "a", "grammar": 'root ::= "a" [^\\x00-\\UFFFFFFFF]'}),
     *(
         ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_object", "schema": schema}})
         for schema in (
@@ -271,6 +307,7 @@ BAD: list[tuple[str, Any]] = [
             {"$ref": "#/nowhere"},
             {"$ref": "https://192.0.2.1/schema.json"},
             {"type": "surprise"},
+            {"type": "string", "pattern": "^[^\\x00-\\UFFFFFFFF]$"},
         )
     ),
     ("/v1/chat/completions", {"messages": HELLO, "response_format": {"type": "json_schema"}}),
@@ -348,6 +385,20 @@ def _backend(service: Service) -> int:
     guard = service.program._guard.pid
     (child,) = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
     return int(child)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_grammars_that_cost_without_end(name: str, service: Service) -> None:
+    """Each until the server's own bounds end it; the next request is answered."""
+    body = {"prompt": "Say: ", "max_tokens": 200, "temperature": 0, "grammar": ATTACKS[name],
+            "logit_bias": {"a": 50, "[": 50}, "logit_bias_type": "tokens"}  # fmt: skip
+    status, document = post(service, "/v1/completions", json.dumps(body).encode())
+    assert status == 400
+    assert "grammar" in document["error"]["message"]
+    body = {"prompt": "Say: ", "grammar": 'root ::= "yes"'}
+    status, document = post(service, "/v1/completions", json.dumps(body).encode())
+    assert (status, document["choices"][0]["text"]) == (200, "yes")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Self
@@ -24,6 +25,7 @@ PAUSE: Final = 0.2
 """Seconds between two looks at a program; its end is known after that."""
 _LINES: Final = 20
 _ANSWER: Final = 5.0  # seconds for one answer
+_LISTEN: Final = "0A"  # the state of a socket in /proc/net/tcp
 _EXTRA = 5.0  # seconds beyond the guard's own patience
 
 
@@ -91,13 +93,13 @@ class Program:
             self._guard.wait()
         self._reader.join(timeout=_EXTRA)
 
-    def answers(self, host: str, port: int, path: str, headers: Mapping[str, str]) -> bool:
-        """Whether it runs, and a GET of `path` at its address is answered by 200."""
-        if self.status is not None:
+    def answers(self, host: str, port: int, path: str) -> bool:
+        """Whether it runs, it is what listens at that port, and a GET of `path` there is answered by 200."""
+        if self.status is not None or not _listens(self._guard.pid, port):
             return False
         connection = http.client.HTTPConnection(host, port, timeout=_ANSWER)
         try:
-            connection.request("GET", path, headers=dict(headers))
+            connection.request("GET", path)
             return connection.getresponse().status == http.client.OK and self.status is None
         except (OSError, http.client.HTTPException):
             return False
@@ -134,9 +136,44 @@ class Program:
         """Its last line, for messages."""
         return self._lines[-1] if self._lines else "nothing"
 
-    def tail(self) -> str:
-        """Its last lines."""
-        return "\n".join(self._lines)
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether that process, or one that it has started, listens at the port: somebody else may have taken it meanwhile,
+    and answer. Linux alone tells; elsewhere, and of a process that may not be looked into, it is taken for granted."""
+    table = Path("/proc/net/tcp")
+    if not table.exists():
+        return True
+    with contextlib.suppress(OSError):
+        rows = [line.split() for one in (table, Path("/proc/net/tcp6")) if one.exists() for line in _rows(one)]
+        listening = {f"socket:[{row[9]}]" for row in rows if row[3] == _LISTEN and int(row[1][-4:], 16) == port}
+        return any(_holds(one, listening) for one in _family(pid))
+    return True
+
+
+def _rows(table: Path) -> list[str]:
+    return table.read_text().splitlines()[1:]
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process, and all that come of it and still run."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in path.read_text().split():
+                yield from _family(int(child))
+
+
+def _holds(pid: int, sockets: Collection[str]) -> bool:
+    """Raises PermissionError for a process that may not be looked into."""
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    for link in links:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if str(link.readlink()) in sockets:
+                return True
+    return False
 
 
 def _status(code: int | None) -> int | None:

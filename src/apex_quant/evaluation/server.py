@@ -28,7 +28,9 @@ from apex_quant.runtime.options import SessionOptions
 ALIAS: Final = "apex"  # the model's name at the endpoint
 DIRECTORY: Final = "LLAMA_CPP_DIR"
 _PLACES = ("", "bin", "build/bin", "build/bin/Release")
-_NEEDS = ("fastapi", "uvicorn", "pydantic_settings", "sse_starlette", "starlette_context")  # of llama_cpp.server
+BINDINGS_SERVER: Final = "apex_quant.serving.bindings_server"
+"""The module that is started where there is no llama-server, on a command line: nothing here imports it."""
+_NEEDS = ("fastapi", "uvicorn", "pydantic_settings", "sse_starlette", "starlette_context")  # of it
 _HOST = "127.0.0.1"
 _NO_MMAP = {
     "LLAMA_ARG_LOAD_MODE": "none",
@@ -66,7 +68,7 @@ def find_server(given: str | Path | None = None) -> Found:
         return Found("llama-server", (program,))
     missing = [name for name in ("llama_cpp", *_NEEDS) if not _installed(name)]
     if not missing:
-        return Found("llama_cpp.server", (sys.executable, "-P", "-m", "apex_quant.native.bindings", "llama_cpp.server"))
+        return Found("llama_cpp.server", (sys.executable, "-P", "-m", BINDINGS_SERVER))
     raise ResourceError(
         f"no server for the model: llama-server is not on PATH, and the bindings' server lacks {', '.join(missing)}",
         hint=f"put llama-server on PATH, set {DIRECTORY}=FOLDER, or pip install 'apex-quant[harness]'",
@@ -81,10 +83,10 @@ def _installed(name: str) -> bool:
 
 
 def server_command(
-    found: Found, model: str | Path, port: int, key: str, *, ctx: int, parallel: int, options: SessionOptions
+    found: Found, model: str | Path, port: int, *, ctx: int, parallel: int, options: SessionOptions
 ) -> list[str]:
-    """The whole command line. `ctx`: tokens of each of `parallel` requests at a time. Raises ResourceError for what
-    the bindings' server has no option for. llama-server takes its key from the environment."""
+    """The whole command line, on which no key is: others can read it. `ctx`: tokens of each of `parallel` requests at a
+    time. Raises ResourceError for what the bindings' server has no option for."""
     if found.kind == "llama-server":
         words: dict[str, object] = {
             "--model": model, "--host": _HOST, "--port": port, "--alias": ALIAS,
@@ -97,21 +99,20 @@ def server_command(
             "--flash-attn": options.flash_attention if options.flash_attention != "auto" else None,
         }  # fmt: skip
         flags = {"--cpu-moe": options.cpu_experts, "--no-repack": not options.repack}
-        switches = [flag for flag, given in flags.items() if given]
     else:
         unknown = {"cpu_experts": options.cpu_experts, "tensor_buffers": options.tensor_buffers,
-                   "no repack": not options.repack, "type_k": options.type_k != "f16",
-                   "type_v": options.type_v != "f16", "parallel": parallel > 1}  # fmt: skip
+                   "no repack": not options.repack, "no flash attention": options.flash_attention == "off",
+                   "parallel": parallel > 1}  # fmt: skip
         if given := [name for name, value in unknown.items() if value]:
             raise ResourceError(f"the bindings' server has no option for {', '.join(given)}", hint="use llama-server")
         words = {
-            "--model": model, "--host": _HOST, "--port": port, "--model_alias": ALIAS, "--api_key": key,
-            "--n_ctx": ctx, "--n_threads": options.threads, "--n_threads_batch": options.threads,
-            "--n_ubatch": options.ubatch, "--n_gpu_layers": options.gpu_layers,
-            "--use_mmap": "true" if options.mmap else "false", "--logits_all": "false", "--verbose": "false",
-            "--flash_attn": "true" if options.flash_attention == "on" else None, "--interrupt_requests": "false",
+            "--model": model, "--host": _HOST, "--port": port, "--alias": ALIAS, "--ctx": ctx,
+            "--threads": options.threads, "--ubatch": options.ubatch, "--gpu-layers": options.gpu_layers,
+            "--type-k": options.type_k, "--type-v": options.type_v,
+            "--tensor-split": ",".join(f"{part:g}" for part in options.tensor_split) or None,
         }  # fmt: skip
-        switches = ["--tensor_split", *map(str, options.tensor_split)] if options.tensor_split else []
+        flags = {"--no-mmap": not options.mmap, "--flash-attn": options.flash_attention == "on"}
+    switches = [flag for flag, given in flags.items() if given]
     return [*found.command, *(str(x) for pair in words.items() if pair[1] is not None for x in pair), *switches]
 
 
@@ -141,12 +142,10 @@ class Server:
     ) -> Self:
         """Start it and wait until it answers. Raises ResourceError when it ends before, or after `deadline` seconds."""
         key, port = secrets.token_hex(16), _free_port()
-        command = server_command(
-            found, model, port, key, ctx=ctx, parallel=parallel, options=options or SessionOptions()
-        )
+        command = server_command(found, model, port, ctx=ctx, parallel=parallel, options=options or SessionOptions())
         # llama-server takes options from LLAMA_ARG_...: what is measured must not depend on them
         plain = _NO_MMAP if options is not None and not options.mmap else {}
-        env = clean_environment(drop=("HOST", "PORT"), prefixes=("LLAMA_ARG_",), LLAMA_API_KEY=key, **plain)
+        env = clean_environment(prefixes=("LLAMA_ARG_",), LLAMA_API_KEY=key, **plain)
         program = Program(found.kind, command, env=env, log=log)
         try:
             server = cls(program, found.kind, port, key)
@@ -165,9 +164,8 @@ class Server:
         self.program.stop()
 
     def _answers(self) -> bool:
-        """Whether the model is loaded: llama-server says so at /health; the other one listens only then."""
-        path = "/health" if self.kind == "llama-server" else "/v1/models"
-        return self.program.answers(_HOST, self.port, path, {"Authorization": f"Bearer {self.key}"})
+        """Whether the model is loaded. The key is not shown: who answers is known only by this."""
+        return self.program.answers(_HOST, self.port, "/health")
 
 
 def _free_port() -> int:
@@ -176,4 +174,4 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-__all__: Sequence[str] = ["ALIAS", "DIRECTORY", "Found", "Server", "find_server", "server_command"]
+__all__: Sequence[str] = ["ALIAS", "BINDINGS_SERVER", "DIRECTORY", "Found", "Server", "find_server", "server_command"]

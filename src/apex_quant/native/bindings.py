@@ -1,17 +1,10 @@
-"""The bindings' low-level module, imported once, with what must hold for everything that loads a model through it.
-
-    python -m apex_quant.native.bindings llama_cpp.server --model MODEL.gguf ...
-
-runs a module of the bindings under the same rules.
-"""
+"""The bindings' low-level module, imported once, with what must hold for everything that loads a model through it."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import os
-import runpy
-import sys
 from typing import Any
 
 from apex_quant.native.library import compiled_with_amx
@@ -43,14 +36,3 @@ def _without_extra_buffers(lib: Any) -> None:
         return params
 
     lib.llama_model_default_params = plain
-
-
-def main(words: list[str]) -> None:
-    """Run the module words[0] of the bindings with the rest as its arguments."""
-    bindings()
-    sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

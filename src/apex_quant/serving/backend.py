@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from apex_quant.errors import ResourceError
 from apex_quant.evaluation.programs import said
-from apex_quant.evaluation.server import Found, find_server
+from apex_quant.evaluation.server import BINDINGS_SERVER, Found, find_server
 from apex_quant.gguf.types import CACHE_TYPES, TYPES
 
 KEY_VARIABLE: Final = "LLAMA_API_KEY"
@@ -23,7 +23,6 @@ KEY_VARIABLE: Final = "LLAMA_API_KEY"
 _DEVICE: Final = re.compile(r"^\s+(\w+): (.*?) \((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
 _FLAG: Final = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 _UNTOLD: Final = ("--fit", "--no-slots", "--cache-ram", "--ctx-checkpoints")  # builds without them do not do it either
-MODULE: Final = "apex_quant.serving.bindings_server"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def flags(help_text: str) -> frozenset[str]:
 
 def devices(found: Found) -> tuple[Device, ...]:
     """Everything that it lists but what has no memory of its own (BLAS); none where it lists none."""
-    command = found.command if found.kind == "llama-server" else (sys.executable, "-P", "-m", MODULE)
+    command = found.command if found.kind == "llama-server" else (sys.executable, "-P", "-m", BINDINGS_SERVER)
     text = said([*command, "--list-devices"])
     return tuple(
         Device(name, words, int(total) << 20, int(free) << 20)
@@ -141,7 +140,7 @@ def _bindings(launch: Launch) -> list[str]:
         "--gpu-layers": launch.gpu_layers, "--threads": launch.threads,
     }  # fmt: skip
     given = (str(word) for pair in words.items() if pair[1] is not None for word in pair)
-    return [sys.executable, "-P", "-m", MODULE, *given]
+    return [sys.executable, "-P", "-m", BINDINGS_SERVER, *given]
 
 
 __all__ = ["KEY_VARIABLE", "Device", "Found", "Launch", "command", "devices", "find_server", "flags", "planned"]

@@ -2,17 +2,20 @@
 
 Around llama_cpp.server's application: keys from the environment compared in constant time, without one no pages from
 elsewhere, requests made into what the bindings take (`openai_request`), errors in OpenAI's shape whatever goes wrong, a
-/health that answers while a request computes, bounded bodies and grammars, no other endpoints. Sliding windows are kept
-short as llama-server does.
+/health that answers while a request computes, bounded bodies, grammars followed in a process of their own
+(`grammar_masks`), no other endpoints. Sliding windows are kept short as llama-server does.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hmac
 import ipaddress
 import json
+import math
 import os
+import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
@@ -20,15 +23,21 @@ from urllib.parse import urlsplit
 
 from apex_quant.gguf.types import TYPES
 from apex_quant.native.bindings import bindings
-from apex_quant.serving.grammars import check_grammar
+from apex_quant.serving.grammar_masks import Masks, masked
+from apex_quant.serving.long_texts import tokenizing
 from apex_quant.serving.openai_answer import calling, counted, usage_event
 from apex_quant.serving.openai_request import ASKED, Asked, BadRequest, Model, rewritten
 
 MAX_BODY: Final = 64 << 20
+_BATCH: Final = 512  # tokens, the library's own default
+_BACKLOG: Final = 2048  # connections that wait, as many as uvicorn takes
 _OPEN: Final = ("/health", "/v1/health")
 _SERVED: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 """The bindings' others are not OpenAI's, or need a model of embeddings; detokenizing a wrong number ends them."""
 _DONE: Final = b"data: [DONE]"
+_NOT_READ: Final = "APEX_NOT_READ_"
+"""Before the names under which the bindings' settings look into the environment: bare, a SEED or LORA_PATH that is
+there for something else would change what is served."""
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "not_found_error",
                  413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
@@ -78,7 +87,13 @@ class Front:
                 await _answer(send, status, error_body(status, str(error)))
                 return
             ASKED.set(asked)
-            receive = _replayed(json.dumps(request).encode(), receive)
+            gone = asyncio.Event()
+            watch = asyncio.create_task(_watched(receive, asked, gone))
+            try:
+                await _told(self._app, scope, _replayed(json.dumps(request).encode(), gone), send)
+            finally:
+                watch.cancel()
+            return
         await _told(self._app, scope, receive, send)
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
@@ -141,19 +156,39 @@ async def _json(receive: Receive) -> Any:
         if not message.get("more_body"):
             break
     try:
-        return json.loads(b"".join(parts))
+        return json.loads(b"".join(parts), parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the request body is not JSON: {error}") from None
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body again, then whatever comes (a disconnect)."""
+def _no_number(word: str) -> float:
+    """For NaN and Infinity, which Python's reader takes and JSON does not have."""
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(digits[:20])
+
+
+async def _watched(receive: Receive, asked: Asked, gone: asyncio.Event) -> None:
+    """Until the client goes away. The bindings look for that between the pieces of a stream alone, and would compute
+    other answers to their end."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    asked.gone = True
+    gone.set()
+
+
+def _replayed(body: bytes, gone: asyncio.Event) -> Receive:
+    """The body again, then that the client has gone, once it has."""
     given = False
 
     async def again() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            await gone.wait()
+            return {"type": "http.disconnect"}
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
@@ -243,6 +278,7 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     from llama_cpp.server import app as module
     from llama_cpp.server.errors import RouteErrorHandler
     from llama_cpp.server.settings import ModelSettings, ServerSettings
+    from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 
     original = RouteErrorHandler.error_message_wrapper
 
@@ -259,7 +295,6 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
                      "code": None}  # fmt: skip
 
     RouteErrorHandler.error_message_wrapper = worded
-    _refuse_bad_grammars(lib)
     # the bindings' settings have no field for it, and the library's own default keeps the whole context
     defaults = lib.llama_context_default_params
 
@@ -275,10 +310,15 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     settings = ModelSettings(
         model=words.model, model_alias=words.alias, n_ctx=words.ctx, n_gpu_layers=words.gpu_layers,
         type_k=TYPES[words.type_k.upper()].id, type_v=TYPES[words.type_v.upper()].id,
-        flash_attn=TYPES[words.type_v.upper()].is_quantized, logits_all=False, verbose=False,
+        n_batch=max(_BATCH, words.ubatch), n_ubatch=words.ubatch, use_mmap=not words.no_mmap,
+        tensor_split=words.tensor_split and [float(part) for part in words.tensor_split.split(",")],
+        flash_attn=words.flash_attn or TYPES[words.type_v.upper()].is_quantized, logits_all=False, verbose=False,
         **({} if words.threads is None else {"n_threads": words.threads, "n_threads_batch": words.threads}),
+        _env_prefix=_NOT_READ,
     )  # fmt: skip
-    server = ServerSettings(host=words.host, port=words.port, api_key=None, interrupt_requests=False)
+    server = ServerSettings(
+        host=words.host, port=words.port, api_key=None, interrupt_requests=False, _env_prefix=_NOT_READ
+    )
     made = module.create_app(server_settings=server, model_settings=[settings])
     # it lets pages from everywhere read answers; added by name, so that nothing else goes with it
     made.user_middleware = [one for one in made.user_middleware if one.cls.__name__ != "CORSMiddleware"]
@@ -286,27 +326,16 @@ def application(words: argparse.Namespace, keys: tuple[str, ...]) -> App:
     assert module._llama_proxy is not None
     llama = module._llama_proxy(alias)
     vocabulary = llama._model.vocab
+    llama.tokenize = tokenizing(llama.tokenize)
+    llama.generate = masked(llama.generate, Masks(words.model, llama.n_vocab()))
     llama.generate = counted(llama, lambda token: bool(lib.llama_vocab_is_eog(vocabulary, token)))
     # as create_chat_completion() chooses it
     chat = llama.chat_handler or llama._chat_handlers.get(llama.chat_format)
     llama.chat_handler = calling(chat or get_chat_completion_handler(llama.chat_format))
     template = str(llama.metadata.get("tokenizer.chat_template", ""))
-    return Front(made, keys, Model(alias, llama.n_vocab(), template), words.host)
-
-
-def _refuse_bad_grammars(lib: Any) -> None:
-    """The library answers a grammar that it cannot read with a null pointer, on which the bindings then crash, and
-    crashes itself on some. Whatever way a grammar takes, this is its last door."""
-    made = lib.llama_sampler_init_grammar
-
-    def checked(vocabulary: Any, grammar: bytes, *more: Any) -> Any:
-        check_grammar(grammar.decode("utf-8", "replace"))
-        sampler = made(vocabulary, grammar, *more)
-        if not sampler:
-            raise ValueError("the grammar (of the request, or of its JSON schema) cannot be read")
-        return sampler
-
-    lib.llama_sampler_init_grammar = checked
+    kinds = {"/v1/completions": CreateCompletionRequest, "/v1/chat/completions": CreateChatCompletionRequest}
+    fields = {path: frozenset(kind.model_fields) for path, kind in kinds.items()}
+    return Front(made, keys, Model(alias, llama.n_vocab(), template, fields), words.host)
 
 
 def list_devices() -> None:
@@ -348,16 +377,33 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--type-k", default="f16")
     parser.add_argument("--type-v", default="f16")
     parser.add_argument("--gpu-layers", type=int, default=0)
+    parser.add_argument("--tensor-split", help="shares of the devices, separated by commas")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--ubatch", type=int, default=_BATCH)
+    parser.add_argument("--no-mmap", action="store_true")
+    parser.add_argument("--flash-attn", action="store_true")
     words = parser.parse_args(arguments)
     if words.list_devices:
         list_devices()
         return
-    import uvicorn
+    # before the model is loaded: who comes later learns at once that the port is taken, and nobody else can take it
+    with listening(words.host, words.port) as one:
+        import uvicorn
 
-    # taken out at once: the settings classes read the environment too
-    keys = tuple(key for key in os.environ.pop("LLAMA_API_KEY", "").split(",") if key)
-    uvicorn.run(application(words, keys), host=words.host, port=words.port, log_level="warning", timeout_keep_alive=30)
+        keys = tuple(key for key in os.environ.pop("LLAMA_API_KEY", "").split(",") if key)
+        os.environ.pop("CONFIG_FILE", None)  # create_app() would take its settings for ours
+        config = uvicorn.Config(application(words, keys), log_level="warning", timeout_keep_alive=30)
+        uvicorn.Server(config).run(sockets=[one])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; connections wait until somebody accepts them. Ends the program when the port is
+    taken."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise SystemExit(f"{host} port {port} cannot be used: {error.strerror}") from None
 
 
 if __name__ == "__main__":

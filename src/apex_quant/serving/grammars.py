@@ -1,7 +1,8 @@
 """Grammars of requests: JSON schemas made into GBNF, and both bounded before the library's parser sees them.
 
-llama.cpp reads grammars by recursion and copies what is repeated: without bounds one request ends the process that
-serves everybody. What is refused here is no grammar that anybody writes by hand.
+llama.cpp reads grammars by recursion and copies what is repeated. What is refused here is no grammar that anybody
+writes by hand; the client is told why, and nothing was started for it. That a grammar passes says nothing about what it
+costs: `grammar_masks` bounds that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MAX_DEPTH: Final = 256  # brackets in one another
 MAX_REPEATED: Final = 1000  # the sum of all counts
 MAX_NESTED: Final = 256  # the product of counts in one another, which the sampler's time grows with the square of
 _TOKEN: Final = re.compile(
-    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|\[(?:\\.|[^\]\\\n])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL
+    r"#[^\r\n]*|\"(?:\\.|[^\"\\])*\"|\[(?:\\.|[^\]\\])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL
 )
 _PATTERN_TOKEN: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|[()+]", re.DOTALL)
 _COUNTS: Final = ("minLength", "maxLength", "minItems", "maxItems")
@@ -108,8 +109,7 @@ def _check_counts(schema: dict[str, Any]) -> None:
 
 def schema_grammar(schema: Any) -> str:
     """GBNF that admits what `schema` describes. Raises GrammarError."""
-    check_schema(schema)
-    return _converted(json.loads(json.dumps(schema)), {})
+    return _converted(_read(schema), {})
 
 
 def calls_grammar(functions: Sequence[Mapping[str, Any]], *, reply: bool) -> str:
@@ -117,13 +117,22 @@ def calls_grammar(functions: Sequence[Mapping[str, Any]], *, reply: bool) -> str
     `reply` of `{"response": TEXT}` instead. Raises GrammarError."""
     parts: dict[str, Any] = {}
     for index, function in enumerate(functions):
-        check_schema(function["parameters"])
-        parts[f"function-{index}"] = json.loads(json.dumps(function["parameters"]))
+        parts[f"function-{index}"] = _read(function["parameters"])
     every = [
         _object(tool_call=_object(name={"const": function["name"]}, arguments=part))
         for function, part in zip(functions, parts.values(), strict=True)
     ]
     return _converted({"anyOf": [*every, *([_object(response={"type": "string"})] if reply else [])]}, parts)
+
+
+def _read(schema: Any) -> Any:
+    """A copy. A reference at the root, as of a model that refers to itself, becomes the one choice: the converter looks
+    for no others beside a reference. Raises GrammarError."""
+    check_schema(schema)
+    copy = json.loads(json.dumps(schema))
+    if isinstance(copy, dict) and "$ref" in copy:
+        copy["oneOf"] = [{"$ref": copy.pop("$ref")}]
+    return copy
 
 
 def _object(**properties: Any) -> dict[str, Any]:

@@ -73,14 +73,19 @@ def _streamed(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
 
 
 def counted(llama: Any, is_end: Callable[[int], bool]) -> Callable[..., Iterator[int]]:
-    """llama.generate, which writes down for the request how many tokens it has and gets; `is_end`: tokens that end an
-    answer are not counted, as the bindings do not in answers that are no streams."""
+    """llama.generate, which writes down for the request how many tokens it has and gets, and ends when nobody waits for
+    them; `is_end`: tokens that end an answer are not counted, as the bindings do not in answers that are no streams.
+    Raises ValueError for an empty prompt."""
     generate = llama.generate
 
     def generated(tokens: Any, *words: Any, **more: Any) -> Iterator[int]:
         asked = ASKED.get()
         asked.prompt_tokens, asked.completion_tokens = len(tokens), 0
+        if not asked.prompt_tokens:
+            raise ValueError("the prompt is empty")
         for token in generate(tokens, *words, **more):
+            if asked.gone:
+                return
             asked.completion_tokens += not is_end(token)
             yield token
 

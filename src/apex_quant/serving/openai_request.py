@@ -8,8 +8,9 @@ form of their own); `openai_answer` makes OpenAI's messages of what is generated
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from apex_quant.serving.grammars import GrammarError, calls_grammar, check_grammar, schema_grammar
@@ -19,6 +20,13 @@ _UNSUPPORTED: Final = {
     "audio": "this server has no audio", "web_search_options": "this server does not search",
 }  # fmt: skip
 _BIAS: Final = 100.0
+_MOST_BIASES: Final = 1024  # texts to bias, each of which is made tokens while everybody waits
+_MOST_STOPS, _STOP_CHARACTERS = 16, 4096  # looked for after each token
+_WITHOUT_EFFECT: Final = frozenset({
+    "metadata", "modalities", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store",
+})  # fmt: skip
+"""Of OpenAI's API, and kept here without doing anything: they change no answer."""
 
 
 class BadRequest(ValueError):
@@ -27,11 +35,13 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """What requests are checked against. `vocabulary`: tokens; `template`: of chats, "" without one."""
+    """What requests are checked against. `vocabulary`: tokens; `template`: of chats, "" without one; `fields`: what the
+    bindings read of a request, for each path."""
 
     alias: str
     vocabulary: int
     template: str = ""
+    fields: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def knows(self, *words: str) -> bool:
         """Whether the chat template mentions one of these."""
@@ -41,10 +51,11 @@ class Model:
 @dataclass
 class Asked:
     """What becomes of the answer to one request. `calls`: what is generated follows calls_grammar(); `usage`: a stream
-    ends with the counts of tokens, which the server writes down here."""
+    ends with the counts of tokens, which the server writes down here; `gone`: nobody waits for the answer any more."""
 
     calls: bool = False
     usage: bool = False
+    gone: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -69,6 +80,7 @@ def rewritten(path: str, found: Any, model: Model) -> tuple[dict[str, Any], Aske
             raise BadRequest(f"{key} must be 1: this server makes one answer")
     _limit(request, chat)
     _bias(request, model.vocabulary)
+    _stop(request.get("stop"))
     asked.usage = _wants_usage(request)
     try:
         if request.get("grammar") is not None:
@@ -86,7 +98,15 @@ def rewritten(path: str, found: Any, model: Model) -> tuple[dict[str, Any], Aske
         if not isinstance(prompt, list) or len(prompt) != 1 or not isinstance(prompt[0], str):
             raise BadRequest("prompt must be one text")
         request["prompt"] = prompt[0]
-    return request, asked
+    return _known(request, model.fields.get(path)), asked
+
+
+def _known(request: dict[str, Any], fields: frozenset[str] | None) -> dict[str, Any]:
+    """What is given of the request; the bindings leave out what they do not know."""
+    kept = {key: value for key, value in request.items() if value is not None and key not in _WITHOUT_EFFECT}
+    if fields is not None and (unknown := sorted(kept.keys() - fields)):
+        raise BadRequest(f"this server has no {', '.join(unknown)[:200]}")
+    return kept
 
 
 def _list(request: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -117,6 +137,8 @@ def _bias(request: dict[str, Any], vocabulary: int) -> None:
         return
     if not isinstance(bias, dict):
         raise BadRequest("logit_bias must be an object of token ids")
+    if len(bias) > _MOST_BIASES and request.get("logit_bias_type") == "tokens":
+        raise BadRequest(f"logit_bias has more than {_MOST_BIASES:,} texts")
     for key, value in bias.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not -_BIAS <= value <= _BIAS:
             raise BadRequest(f"logit_bias must be between -{_BIAS:g} and {_BIAS:g}")
@@ -124,6 +146,12 @@ def _bias(request: dict[str, Any], vocabulary: int) -> None:
             continue
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocabulary):
             raise BadRequest(f"logit_bias has token {key[:20]!r}, but ids are 0 to {vocabulary - 1}")
+
+
+def _stop(given: Any) -> None:
+    texts = [one for one in given if isinstance(one, str)] if isinstance(given, list) else [str(given or "")]
+    if len(texts) > _MOST_STOPS or sum(map(len, texts)) > _STOP_CHARACTERS:
+        raise BadRequest(f"stop is at most {_MOST_STOPS} texts of {_STOP_CHARACTERS:,} characters together")
 
 
 def _wants_usage(request: dict[str, Any]) -> bool:

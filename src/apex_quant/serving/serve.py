@@ -285,7 +285,7 @@ class Service:
     @property
     def healthy(self) -> bool:
         """Whether it answers now."""
-        return self.program.answers(reachable(self.host), self.port, "/health", self.authorization)
+        return self.program.answers(reachable(self.host), self.port, "/health")
 
     def wait(self, pause: Callable[[float], None] = time.sleep) -> None:
         """Until the backend ends, which is a ResourceError that says how; looked for every PAUSE seconds."""
@@ -325,6 +325,7 @@ def serve(
     Raises UsageError for an address that others can reach without `api_key_file`, ResourceError when nothing fits,
     the port is taken or the server does not come up, and what plan_service() raises.
     """
+    host = host.strip("[]")  # of an IPv6 address in a URL
     keys = read_keys(api_key_file) if api_key_file is not None else ()
     if not keys and not is_loopback(host):
         raise UsageError(
@@ -349,11 +350,8 @@ def serve(
         chosen = replace(chosen, warnings=(*chosen.warnings, "this server has no: " + ", ".join(skipped)))
     if planned is not None:
         planned(chosen)
-    # neither may change what was chosen: llama-server reads LLAMA_ARG_..., the bindings' settings read bare names
-    env = clean_environment(
-        drop=("HOST", "PORT", "API_KEY", "MODEL", "CONFIG_FILE", "CACHE"), prefixes=("LLAMA_ARG_",),
-        **({backend.KEY_VARIABLE: ",".join(keys)} if keys else {}),
-    )  # fmt: skip
+    # llama-server's options of the environment would change what was chosen
+    env = clean_environment(prefixes=("LLAMA_ARG_",), **({backend.KEY_VARIABLE: ",".join(keys)} if keys else {}))
     if not keys:
         env.pop(backend.KEY_VARIABLE, None)
     env.setdefault("GGML_NO_BACKTRACE", "1")  # a debugger that looks at a dead server keeps it from being noticed
