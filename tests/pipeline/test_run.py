@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -300,6 +301,46 @@ def test_a_projector_is_published_as_it_is(finished: Path, tmp_path: Path) -> No
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "Small-BF16.gguf")}, phases={"only": ["source"]})
     with pytest.raises(InputError, match="no such file"):
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "none.gguf")}, phases={"only": ["source"]})
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_given_is_never_cleared_away(again: Path, linked: bool) -> None:
+    """A matrix and a projector that lie under the names that the run would give them."""
+    release = again / "work/release"
+    tensors = {"v.patch_embd.weight": ((16, 16), "F16")}
+    projector = release / "mmproj-Small-BF16.gguf"
+    write_generic(projector, "clip", tensors, **{"/general__file_type": 1})
+    matrix = release / "Small-BF16.imatrix.gguf"
+    before = {path: path.read_bytes() for path in (matrix, projector)}
+    names = {"imatrix": matrix, "mmproj": projector}
+    if linked:
+        for label, path in names.items():
+            names[label] = again / f"{label}.gguf"
+            names[label].symlink_to(path)
+    given: dict[str, Any] = {"convert": {"mmproj": str(names["mmproj"])}, "phases": {"only": ["source", "calibrate"]}}
+    for force in (False, True):
+        made = run(again / "Small-BF16.gguf", work=str(again / "work"), tiers=["i-compact"], **given, force=force,
+                   calibrate={"imatrix": str(names["imatrix"])}, evaluate={"suite": "none"})  # fmt: skip
+        assert ran(made) == {"source": ("", "mmproj") if force else ("mmproj",), "calibrate": ("",)}
+        assert {path: path.read_bytes() for path in before} == before
+    state = State(again / "work").load()
+    assert [state.records[phase][name].claims for phase, name in (("source", "mmproj"), ("calibrate", ""))] == [[], []]
+
+
+def test_the_folder_of_the_caller_is_nothing(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative names mean the same to `apex status` elsewhere, folders of text and a source like a hub id included."""
+    (again / "org").mkdir()
+    (again / "org/Small.gguf").hardlink_to(again / "Small-BF16.gguf")
+    (again / "texts").mkdir()
+    (again / "corpus.txt").rename(again / "texts/corpus.txt")
+    monkeypatch.chdir(again)
+    run("org/Small.gguf", work="other", tiers=["i-compact"], calibrate={"corpus": ["texts"], "tokens": 256, "ctx": 64},
+        threads=1, evaluate={"suite": "none"}, phases={"only": ["source", "calibrate"]})  # fmt: skip
+    there = {one.name: one.next for one in status("other").phases}
+    monkeypatch.chdir("/")
+    elsewhere = {one.name: one.next for one in status(again / "other").phases}
+    assert elsewhere == there
+    assert (there["source"], there["calibrate"]) == ("unchanged", "unchanged")
 
 
 def test_a_finished_matrix_that_was_not_recorded(again: Path) -> None:

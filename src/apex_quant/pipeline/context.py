@@ -125,14 +125,18 @@ class Context:
         return self.artifact("source", "files") if self.is_gguf else self.artifact("convert", "model")
 
     def files(self, names: Sequence[str]) -> dict[str, str]:
-        """Digests of the user's own files by name, folders file by file; names that are no files give none."""
-        found = {}
-        for name in names:
-            path = Path(name)
+        """Digests of the user's own files by name, folders file by file; names that are no files give none. Equal names
+        of other folders are numbered: where a file lies decides nothing."""
+        found: dict[str, str] = {}
+        for path in map(Path, names):
+            label, number = path.absolute().name, 1
+            while label in found:
+                number += 1
+                label = f"{path.absolute().name} {number}"
             if path.is_file():
-                found[path.name if path.name not in found else name] = self.state.sha256(path)
+                found[label] = self.state.sha256(path)
             elif path.is_dir():
                 inside = sorted(one for one in path.rglob("*") if one.is_file() and not one.name.startswith("."))
                 digests = [f"{one.relative_to(path)} {self.state.sha256(one)}" for one in inside]
-                found[name] = digest_of(digests) if len(digests) != 1 else digest_of([*digests, ""])
+                found[label] = digest_of(digests) if len(digests) != 1 else digest_of([*digests, ""])
         return found

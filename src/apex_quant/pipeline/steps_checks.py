@@ -123,7 +123,10 @@ def _settings(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
     parameters: dict[str, Any] = {"suite": given.suite}
     if given.suite in NATIVE:
         parameters |= {"only": list(given.only), "floor": given.floor, "tasks": given.tasks, "seed": given.seed}
-        parameters["task_files"] = dict(given.task_files)
+        # of files their content counts, which is among the inputs
+        parameters["task_files"] = {
+            task: Path(name).name if Path(name).exists() else name for task, name in given.task_files.items()
+        }
     if given.suite in HARNESS:
         parameters["harness"] = given.harness.model_dump(mode="json")
     against = reference(context)

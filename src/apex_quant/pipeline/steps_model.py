@@ -79,7 +79,8 @@ def calibrate_unused(context: Context) -> str | None:
 def calibrate_items(context: Context) -> list[Item]:
     given = context.config.calibrate
     if given.imatrix is not None:
-        return [Item("", {"imatrix": "given"}, {"imatrix": context.state.sha256(Path(given.imatrix))})]
+        path = Path(given.imatrix)
+        return [Item("", {"imatrix": "given"}, {"imatrix": context.state.sha256(path)}, {"given": [path]})]
     parameters = {
         "corpus": [name for name in given.corpus if not Path(name).exists()],
         "mix": given.mix,

@@ -43,7 +43,7 @@ def _weights(context: Context) -> list[Item]:
         shards = _shards(path)
         context.announce_hashing("source", shards)
         digest = context.state.digest(shards)
-        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"shards": shards})]
+        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"given": shards})]
     inside = checkpoint_files(path, context.work)
     context.announce_hashing("source", inside)
     lines = [f"{one.relative_to(path)} {context.state.sha256(one)}" for one in inside]
@@ -90,7 +90,7 @@ def source_claims(context: Context, item: Item) -> Iterable[Path]:
     """Links under the run's own name."""
     if item.parameters["kind"] == steps_projector.NAME:
         return [steps_projector.published(context)]
-    return [] if item.parameters["kind"] != "gguf" else _links(context, item.about["shards"])
+    return [] if item.parameters["kind"] != "gguf" else _links(context, item.about["given"])
 
 
 def _shards(path: Path) -> list[Path]:
@@ -112,7 +112,7 @@ def _links(context: Context, shards: Sequence[Path]) -> list[Path]:
 
 
 def _gguf(context: Context, item: Item) -> Done:
-    shards = list(item.about["shards"])
+    shards = list(item.about["given"])
     links = _links(context, shards)
     for shard, link in zip(shards, links, strict=bool(links)):
         symlink(shard, link)
