@@ -15,10 +15,13 @@ import pytest
 
 from apex_quant import quantize, run
 from apex_quant.errors import BusyError, InputError, UsageError
-from apex_quant.pipeline.context import PhaseEvent
+from apex_quant.gguf import split
+from apex_quant.pipeline.config import load_config
+from apex_quant.pipeline.context import Context, PhaseEvent
 from apex_quant.pipeline.results import RunResult
 from apex_quant.pipeline.state import Started, State, exclusive
 from apex_quant.pipeline.status import status
+from apex_quant.pipeline.steps_publish import publish_items
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
 from tests.convert.tiny_checkpoint import write_checkpoint
@@ -341,6 +344,64 @@ def test_the_folder_of_the_caller_is_nothing(again: Path, monkeypatch: pytest.Mo
     elsewhere = {one.name: one.next for one in status(again / "other").phases}
     assert elsewhere == there
     assert (there["source"], there["calibrate"]) == ("unchanged", "unchanged")
+
+
+def test_shards_and_names_are_part_of_a_file(again: Path, tmp_path: Path) -> None:
+    """What decides only how a file is cut or called makes it anew as well; what has the old name goes."""
+    release = tmp_path / "work/release"
+    source = split(again / "Small-BF16.gguf", tmp_path / "Split", 8_000_000)[0]
+
+    def made(**more: Any) -> dict[str, tuple[str, ...]]:
+        return ran(run(source, work=str(tmp_path / "work"), tiers=["quality"], threads=1, evaluate={"suite": "none"},
+                       phases={"only": ["source", "recipes", "quantize"]}, **more))  # fmt: skip
+
+    made()
+    assert [path.name for path in release.glob("*.gguf")] == ["Split-APEX-Quality.gguf"]
+    assert made(quantize={"keep_split": True}) == {"recipes": ("quality",), "quantize": ("quality",)}
+    assert len(list(release.glob("Split-APEX-Quality-*-of-*.gguf"))) > 1
+    assert not (release / "Split-APEX-Quality.gguf").exists()
+    made()
+    again_made = made(name="Other")
+    assert again_made == {"source": ("",), "recipes": ("quality",), "quantize": ("quality",)}
+    assert {path.name for path in release.rglob("*") if path.is_file()} == {
+        "Other-APEX-Quality.gguf", "Other-APEX-Quality.gguf.journal", "Other-quality.txt",
+    }  # fmt: skip
+
+
+def test_another_name_is_another_name_everywhere(again: Path) -> None:
+    """The files of all phases that have it in theirs, and the results that are published beside them."""
+    made = small_run(again, name="Other")
+    assert list(ran(made)) == ["source", "reference", "calibrate", "recipes", "quantize", "verify", "evaluate"]
+    files = [path.name for path in (again / "work").rglob("*") if path.is_file() and "Small" in path.name]
+    assert files == []
+    assert sorted(path.name for path in (again / "work/release/results").iterdir() if path.suffix == ".json") == [
+        "Other-APEX-I-Compact.json", "Other-APEX-Quality.json",
+    ]  # fmt: skip
+
+
+def test_publish_waits_for_the_last_phase_before_it(again: Path) -> None:
+    (item,) = publish_items(_looked_at(again, {("verify", "quality"), ("evaluate", "quality")}))
+    assert item.inputs["files"] == "after evaluate"
+
+
+def test_a_report_without_what_was_not_measured(again: Path) -> None:
+    """A run that measures nothing reports what was measured before, and says what is missing."""
+    said: list[object] = []
+    given: dict[str, Any] = {"tiers": ["quality", "i-compact", "compact"], "report": {"formats": ["md"]}}
+    made = small_run(again, **given, phases={"skip": ["verify", "evaluate"]}, progress=said.append)
+    assert "report" in ran(made)
+    notes = [e.text for e in said if isinstance(e, PhaseEvent) and (e.kind, e.phase) == ("note", "report")]
+    assert "without compact: not measured, and evaluation is left out" in notes
+    shown = State(again / "work").load().records["report"][""].inputs
+    assert sorted(shown) == ["results of i-compact", "results of quality"]
+    made = small_run(again, **given, phases={"only": ["verify", "evaluate", "report"]})
+    assert "report" in ran(made)
+    assert "results of compact" in State(again / "work").load().records["report"][""].inputs
+
+
+def _looked_at(folder: Path, pending: set[tuple[str, str]]) -> Context:
+    config = load_config(None, {"source": str(folder / "Small-BF16.gguf"), "publish.repo": "me/Small"})
+    return Context(config, folder / "work", State(folder / "work").load(), pending=pending)
 
 
 def test_a_finished_matrix_that_was_not_recorded(again: Path) -> None:

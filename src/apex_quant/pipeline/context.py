@@ -20,7 +20,8 @@ from apex_quant.pipeline.state import Record, State, digest_of
 
 FOLDERS: Final = ("source", "reference", "release", "release/recipes", "release/results")
 _COMMITS: Final = "commits"
-"""Of the state: the commit at which each repository was taken, by REPO@REVISION."""
+"""Of the state: the commit at which each repository was taken, by REPO@REVISION, of other phases than source with
+their name before it."""
 _WORTH_SAYING: Final = 2 << 30  # bytes to hash
 
 
@@ -83,14 +84,14 @@ class Context:
     def note(self, phase: str, text: str) -> None:
         self.tell(PhaseEvent("note", phase, text))
 
-    def pinned(self, repo: str, revision: str | None) -> str | None:
-        """The commit at which this run took a repository before; `revision` where there is none, or to look again."""
+    def pinned(self, repo: str, revision: str | None, phase: str = "source") -> str | None:
+        """The commit at which a phase took a repository before; `revision` where there is none, or to look again."""
         known: dict[str, str] = self.state.about.get(_COMMITS, {})
-        return revision if "source" in self.forced else known.get(f"{repo}@{revision or ''}", revision)
+        return revision if phase in self.forced else known.get(_pin(repo, revision, phase), revision)
 
-    def pin(self, repo: str, revision: str | None, commit: str) -> None:
+    def pin(self, repo: str, revision: str | None, commit: str, phase: str = "source") -> None:
         """Remember it: what a later run downloads, when the cache was emptied, is the same."""
-        self.state.about.setdefault(_COMMITS, {})[f"{repo}@{revision or ''}"] = commit
+        self.state.about.setdefault(_COMMITS, {})[_pin(repo, revision, phase)] = commit
 
     def announce_hashing(self, phase: str, paths: Sequence[Path]) -> None:
         """A line before minutes of silence."""
@@ -140,3 +141,7 @@ class Context:
                 digests = [f"{one.relative_to(path)} {self.state.sha256(one)}" for one in inside]
                 found[label] = digest_of(digests) if len(digests) != 1 else digest_of([*digests, ""])
         return found
+
+
+def _pin(repo: str, revision: str | None, phase: str) -> str:
+    return f"{'' if phase == 'source' else f'{phase} '}{repo}@{revision or ''}"

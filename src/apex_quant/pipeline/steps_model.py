@@ -29,6 +29,7 @@ def reference_unused(context: Context) -> str | None:
 def reference_items(context: Context) -> list[Item]:
     given = context.config.reference
     parameters = {
+        "name": context.name,
         "form": given.form,
         "ctx": given.ctx,
         "chunks": given.chunks,
@@ -80,8 +81,16 @@ def calibrate_items(context: Context) -> list[Item]:
     given = context.config.calibrate
     if given.imatrix is not None:
         path = Path(given.imatrix)
-        return [Item("", {"imatrix": "given"}, {"imatrix": context.state.sha256(path)}, {"given": [path]})]
+        return [
+            Item(
+                "",
+                {"name": context.name, "imatrix": "given"},
+                {"imatrix": context.state.sha256(path)},
+                {"given": [path]},
+            )
+        ]
     parameters = {
+        "name": context.name,
         "corpus": [name for name in given.corpus if not Path(name).exists()],
         "mix": given.mix,
         "tokens": given.tokens,

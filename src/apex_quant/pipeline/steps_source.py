@@ -244,7 +244,8 @@ def convert_unused(context: Context) -> str | None:
 def convert_items(context: Context) -> list[Item]:
     given = context.config.convert
     digest = {"checkpoint": context.artifact("source", "files").digest}
-    shared = {"pre": given.pre, "trust_remote_code": given.trust_remote_code, "name": _title(context)}
+    shared = {"file": context.name, "pre": given.pre, "trust_remote_code": given.trust_remote_code,
+              "name": _title(context)}  # fmt: skip
     items = [Item("", {**shared, "outtype": given.outtype, "nextn": given.nextn}, digest)]
     if given.mmproj is True or (given.mmproj == "auto" and context.facts("source").get("projector")):
         items.append(Item(steps_projector.NAME, {**shared, "outtype": given.outtype}, digest))
