@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -397,6 +398,62 @@ def test_a_report_without_what_was_not_measured(again: Path) -> None:
     made = small_run(again, **given, phases={"only": ["verify", "evaluate", "report"]})
     assert "report" in ran(made)
     assert "results of compact" in State(again / "work").load().records["report"][""].inputs
+
+
+def test_status_without_a_tier_file(again: Path) -> None:
+    """The file that a tier of the user's own was read from is gone: what was made of it is told all the same."""
+    state = State(again / "work").load()
+    state.about["config"]["tiers"] = [str(again / "mine.toml")]
+    state.save()
+    found = status(again / "work")
+    assert sorted(file.tier for file in found.files) == ["i-compact", "quality"]
+    assert all("mine.toml" in one.next for one in found.phases)
+
+
+def test_settings_of_another_kind_of_source(finished: Path, tmp_path: Path) -> None:
+    source, work = finished / "Small-BF16.gguf", str(tmp_path / "work")
+    for given, why in (
+        ({"source_files": "*BF16*"}, "source_files concerns a download"),
+        ({"convert": {"mmproj": True}}, "the source is a GGUF"),
+    ):
+        for dry_run in (False, True):
+            with pytest.raises(UsageError, match=why):
+                run(source, work=work, dry_run=dry_run, **given)
+    with pytest.raises(UsageError, match="the source is a GGUF"):
+        run("org/Tiny", work=work, source_files="*BF16*", convert={"mmproj": True}, dry_run=True)
+    assert not (tmp_path / "work").exists()
+    said: list[str] = []
+    run(source, work=work, tiers=["quality"], convert={"outtype": "f16", "nextn": False, "mmproj": False}, dry_run=True,
+        progress=lambda event: said.append(event.text))  # fmt: skip
+    assert "the source is a GGUF: convert.outtype, convert.nextn not used" in said
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    said: list[str] = []
+    with exclusive(tmp_path, said.append):
+        assert said == [f"{tmp_path}: this file system has no locks: nothing keeps a second run out of the folder"]
+
+
+def test_what_is_known_of_a_file_outlives_the_run(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended after the file was made and before it was recorded."""
+    given: dict[str, Any] = {"phases": {"only": ["reference"]}, "reference": {"ctx": 32, "chunks": 1}}
+    before = State(again / "work").load().records["reference"][""].facts
+
+    def ends(state: State, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "stored", ends)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(again, **given)
+    small_run(again, **given)
+    facts = State(again / "work").load().records["reference"][""].facts
+    assert set(facts) == set(before)
+    assert facts["tokens"] < before["tokens"]
 
 
 def _looked_at(folder: Path, pending: set[tuple[str, str]]) -> Context:

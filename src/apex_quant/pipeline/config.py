@@ -24,6 +24,7 @@ from apex_quant.pipeline.keys import (
     HARNESS_TASKS,
     METRICS,
     PHASES,
+    Convert,
     Phase,
     Phases,
     RunConfig,
@@ -34,8 +35,8 @@ from apex_quant.pipeline.values import SOURCE_ID
 from apex_quant.pipeline.yaml_text import Key, Located, read_yaml
 
 __all__ = [
-    "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "METRICS", "PHASES", "Phase", "Phases", "RunConfig", "Section",
-    "anywhere", "load_config", "make_config", "sections",
+    "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "METRICS", "PHASES", "Convert", "Phase", "Phases", "RunConfig",
+    "Section", "anywhere", "load_config", "make_config", "sections",
 ]  # fmt: skip
 
 _MOST_PROBLEMS: Final = 5

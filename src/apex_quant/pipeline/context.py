@@ -7,7 +7,7 @@ WORK/release/     what is published: quantized files, NAME.imatrix.gguf, recipes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from typing import Any, Final
 from apex_quant.errors import UsageError
 from apex_quant.native import Local, Workers
 from apex_quant.pipeline.config import RunConfig
-from apex_quant.pipeline.phases import PENDING
+from apex_quant.pipeline.phases import PENDING, Item
 from apex_quant.pipeline.state import Record, State, digest_of
 
 FOLDERS: Final = ("source", "reference", "release", "release/recipes", "release/results")
@@ -97,6 +97,16 @@ class Context:
         """A line before minutes of silence."""
         if (size := self.state.unread(paths)) >= _WORTH_SAYING:
             self.note(phase, f"reading {size / 1e9:.0f} GB once, for their sha256")
+
+    def noted(self, phase: str, item: Item) -> dict[str, Any]:
+        """What an earlier run, which ended before the item was recorded, knew of its files."""
+        begun = self.state.started.get(phase, {}).get(item.name)
+        return dict(begun.facts) if begun is not None else {}
+
+    def keep_note(self, phase: str, item: Item, facts: Mapping[str, Any]) -> None:
+        """Keep what is known of files that are whole, before the minutes in which they are hashed."""
+        self.state.started[phase][item.name].facts = dict(facts)
+        self.state.save()
 
     def record(self, phase: str, item: str = "") -> Record | None:
         return self.state.record(phase, item)

@@ -24,7 +24,7 @@ from apex_quant.pipeline.look import NOTHING, RESUMED, Look, lacking, look, look
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
 from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
-from apex_quant.pipeline.steps_source import check_source, convert_problem
+from apex_quant.pipeline.steps_source import check_source, convert_problem, unused_settings
 from apex_quant.pipeline.table import PHASES
 
 
@@ -50,6 +50,8 @@ def run(
     """
     tell = progress or (lambda event: None)
     config = configured(source, options, lambda note: tell(PhaseEvent("note", "config", note)))
+    for note in unused_settings(config):
+        tell(PhaseEvent("note", "convert", note))
     work = config.work_folder.resolve()
     selected = config.phases.selected()
     forced = selected if force else ()
@@ -66,7 +68,7 @@ def run(
     if "source" in selected:
         check_source(config)  # before there is a folder
     started = time.monotonic()
-    with exclusive(work), _machines(config, tell) as machines:
+    with exclusive(work, lambda note: tell(PhaseEvent("note", "run", note))), _machines(config, tell) as machines:
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
         context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines, forced=forced)
@@ -205,10 +207,10 @@ class _Engine:
             for name in dict.fromkeys(names):
                 self._clear(phase, state.work / name, given)
             state.records.get(phase.name, {}).pop(item.name, None)
-        spent = started[item.name].seconds if item.name in started else 0.0
+        before = started.get(item.name, Started(key, []))
         # what was given is not the item's own to delete, once it is given no more
         own = [name for name in claims if located(state.work / name) not in given]
-        started[item.name] = Started(key, own, spent)
+        started[item.name] = replace(before, key=key, claims=own)
 
     def _clear(self, phase: Phase, path: Path, given: Collection[Path] = ()) -> None:
         """Delete what an item has, but not what is `given`. Raises UsageError where the source lies."""

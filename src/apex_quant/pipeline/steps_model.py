@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import link
@@ -52,7 +51,7 @@ def reference_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     given = context.config.reference
     for item in items:
         (out,) = reference_claims(context, item)
-        facts: dict[str, Any] = {}
+        facts = context.noted("reference", item)
         if not out.exists():
             made = make_reference(
                 context.model().path,
@@ -67,6 +66,7 @@ def reference_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
                 progress=context.tell,
             )
             facts = {"form": made.form, "tokens": made.tokens, "error": made.error, "warnings": list(made.warnings)}
+            context.keep_note("reference", item, facts)
         yield Done(item, {"reference": [out]}, facts)
 
 
