@@ -259,6 +259,19 @@ def _require_disk(found: Repository, wanted: Sequence[HubFile]) -> None:
 # --- baselines ---
 
 
+def models_fitting(files: Sequence[HubFile], pattern: str) -> dict[str, list[HubFile]]:
+    """The GGUF models whose path or file name fits a pattern, as of shells: the files of each, shards in order, by its
+    path without the ending. Importance matrices and projectors are none."""
+    models: dict[str, list[HubFile]] = {}
+    for file in sorted(files, key=lambda one: one.path):
+        base = file.path.split("/")[-1].lower()
+        is_model = file.path.endswith(".gguf") and "imatrix" not in base and not base.startswith("mmproj")
+        if is_model and _fits(file.path, [pattern]):
+            shard = SHARD_NAME.fullmatch(file.path)
+            models.setdefault(shard["prefix"] if shard else file.path.removesuffix(".gguf"), []).append(file)
+    return models
+
+
 def baseline_files(
     spec: str,
     *,
@@ -277,13 +290,8 @@ def baseline_files(
         )
     repo, label = found["repo"], found["label"] or found["repo"]
     there = looked_up(repo, found["revision"], progress=progress, sleep=sleep)
-    names = [f.path for f in there.files if f.path.endswith(".gguf") and _fits(f.path, [found["pattern"]])]
-    models: dict[str, list[str]] = {}
-    for name in sorted(names):
-        base = name.split("/")[-1].lower()
-        if "imatrix" not in base and not base.startswith("mmproj"):
-            shard = SHARD_NAME.fullmatch(name)
-            models.setdefault(shard["prefix"] if shard else name.removesuffix(".gguf"), []).append(name)
+    fitting = models_fitting(there.files, found["pattern"])
+    models = {name: [file.path for file in files] for name, files in fitting.items()}
     if not models:
         known = ", ".join(f.path for f in there.files if f.path.endswith(".gguf"))[:300] or "no GGUF file"
         raise InputError(f"{spec}: no GGUF model of {repo} fits {found['pattern']}", hint=f"it holds {known}")

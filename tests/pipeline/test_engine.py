@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from apex_quant.pipeline.context import Context, PhaseEvent
 from apex_quant.pipeline.phases import Done, Item, Need, Phase, always
 from apex_quant.pipeline.reasons import changes, grouped
 from apex_quant.pipeline.results import PhaseRun, RunResult
-from apex_quant.pipeline.state import Record, State, key_of
+from apex_quant.pipeline.state import Record, Started, State, key_of
+from tests.pipeline.conftest import ran
 
 
 class Toy:
@@ -33,6 +35,7 @@ class Toy:
         self.calls: list[tuple[str, str]] = []
         self.fails: str | None = None
         self.tokens, self.needs = 5, 0
+        self.asked: Sequence[str] = ("plain", "weighted")
         self.text = folder / "text"
         self.text.write_text("abc")
         rows = {
@@ -45,6 +48,7 @@ class Toy:
         }
         empty = [self.phase(name, lambda c: [], unused="nothing to do") for name in NAMES]
         table = tuple(rows.get(phase.name, phase) for phase in empty)
+        self.table = table
         monkeypatch.setattr(engine, "PHASES", table)
         monkeypatch.setattr(room, "facts_at_hand", lambda context: None)
         monkeypatch.setattr(room, "needs", self.room)
@@ -60,10 +64,11 @@ class Toy:
 
     def tiers(self, context: Context) -> list[Item]:
         model = {"model": context.artifact("convert", "model").digest}
-        return [
+        items = [
             Item("plain", {"type": "Q8_0"}, model),
             Item("weighted", {"type": "IQ2_S"}, {**model, "imatrix": context.artifact("calibrate", "out").digest}),
         ]
+        return [item for item in items if item.name in self.asked]
 
     def phase(self, name: str, items: object, *, weights: bool = False, unused: str | None = None) -> Phase:
         label = "model" if name == "convert" else "out"
@@ -175,6 +180,40 @@ def test_what_another_configuration_began_is_cleared_away(toy: Toy) -> None:
     assert not (toy.work / "release/calibrate-.sums").exists()
 
 
+def test_what_is_no_longer_asked_for(toy: Toy) -> None:
+    """In hand it is cleared away, finished it stays and is told of, whether or not anything is left to do."""
+    toy.fails = "quantize weighted"
+    with pytest.raises(InputError, match="broken"):
+        toy.run(keep=True)
+    release = toy.work / "release"
+    assert (release / "quantize-weighted.partial").exists()
+    toy.asked = ("plain",)
+    assert "quantize" not in ran(toy.run(keep=True))
+    assert not (release / "quantize-weighted.partial").exists()
+    assert State(toy.work).load().started == {}
+    toy.asked, toy.fails = ("weighted",), None
+    for first in (True, False):
+        said: list[object] = []
+        assert ("quantize" in ran(toy.run(keep=True, progress=said.append))) == first
+        notes = [e.text for e in said if isinstance(e, PhaseEvent) and e.kind == "note"]
+        assert notes == ["plain is no longer asked for; its file stays: release/quantize-plain"]
+    (release / "quantize-plain").unlink()
+    said = []
+    toy.run(keep=True, progress=said.append)
+    assert [e for e in said if isinstance(e, PhaseEvent) and e.kind == "note"] == []
+
+
+def test_what_was_in_hand_beside_a_finished_file_of_the_same_name(toy: Toy) -> None:
+    """An item under another name had the same file in hand, which has been finished since: that stays."""
+    toy.run(keep=True)
+    state = State(toy.work).load()
+    state.started["quantize"] = {"alias": Started("k", state.records["quantize"]["plain"].claims)}
+    state.save()
+    assert ran(toy.run(keep=True)) == {}
+    assert (toy.work / "release/quantize-plain").exists()
+    assert State(toy.work).load().started == {}
+
+
 def test_force_begins_anew_what_was_interrupted(toy: Toy) -> None:
     toy.fails = "calibrate"
     with pytest.raises(InputError):
@@ -206,6 +245,35 @@ def test_the_converted_file_is_freed_and_made_again_when_it_is_read(toy: Toy) ->
     toy.tokens = 7
     toy.run(keep=True)
     assert converted.exists()
+
+
+def test_what_is_left_out_of_this_run_alone_may_still_read_the_converted_file(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unused(context: Context) -> str | None:
+        return "evaluation is left out" if "evaluate" in context.config.phases.skip else None
+
+    table = [replace(one, unused=unused) if one.name == "quantize" else one for one in toy.table]
+    monkeypatch.setattr(engine, "PHASES", tuple(table))
+    toy.run(phases={"skip": ["evaluate"]})
+    assert toy.calls == ALL[:3]
+    assert (toy.work / "release/convert-").exists()
+    toy.run()
+    assert toy.calls == ALL[3:]
+    assert not (toy.work / "release/convert-").exists()
+
+
+def test_nothing_outside_is_freed(toy: Toy) -> None:
+    toy.run(keep=True)
+    state = State(toy.work).load()
+    (file,) = state.records["convert"][""].outputs["model"]
+    outside = toy.folder / "mine"
+    outside.write_bytes((toy.work / file.path).read_bytes())
+    file.path = str(outside)
+    state.save()
+    with pytest.raises(UsageError, match="nothing is deleted"):
+        toy.run()
+    assert outside.exists()
 
 
 def test_a_run_that_ended_while_it_freed_a_file(toy: Toy) -> None:
@@ -294,6 +362,8 @@ def test_nothing_outside_is_deleted(tmp_path: Path) -> None:
             disk.clear(work, path)
     for name in ("a.gguf", "a.gguf.journal", "a.gguf.quarantine.json", "ab.gguf"):
         (work / "release" / name).write_text("x")
+    disk.clear(work, work / "release/a.gguf", keep=[work.resolve() / "release/a.gguf"])
+    assert sorted(path.name for path in (work / "release").iterdir()) == ["a.gguf", "ab.gguf"]
     disk.clear(work, work / "release/a.gguf")
     assert [path.name for path in (work / "release").iterdir()] == ["ab.gguf"]
 

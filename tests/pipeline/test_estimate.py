@@ -18,6 +18,7 @@ from apex_quant.encode.quantize import quantize
 from apex_quant.errors import InputError, ResourceError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.types import TYPES
+from apex_quant.hub import HubFile, models_fitting
 from apex_quant.pipeline import estimate as module
 from apex_quant.pipeline import room
 from apex_quant.pipeline.config import PHASES, RunConfig, make_config
@@ -25,7 +26,7 @@ from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.estimate import PhaseEstimate, estimate, peak_disk
 from apex_quant.pipeline.phase_work import WORK, text_tokens
 from apex_quant.pipeline.phases import Item
-from apex_quant.pipeline.source_facts import BPW, ENCODED, SourceFacts, source_facts
+from apex_quant.pipeline.source_facts import BPW, ENCODED, SourceFacts, fitting_bytes, source_facts
 from apex_quant.pipeline.state import State
 from apex_quant.pipeline.table import PHASES as TABLE
 from apex_quant.recipe.plan import plan
@@ -238,6 +239,15 @@ def test_the_hub_tells_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = source_facts(given)
     assert (found.download, found.model) == (2 * 10**9, 2 * 10**9)
     assert "convert" not in by_phase(estimate(given, found))
+
+
+def test_sizes_are_those_of_what_is_downloaded() -> None:
+    """By path or name, without the files beside the models that are none."""
+    names = ["X-Q4.gguf", "a/X-Q4-00001-of-00002.gguf", "a/X-Q4-00002-of-00002.gguf", "mmproj-X-Q4.gguf",
+             "X-Q4.imatrix.gguf", "X-Q4.txt", "Y-Q4.gguf"]  # fmt: skip
+    files = [HubFile(name, 10**number, None, None) for number, name in enumerate(names)]
+    assert fitting_bytes(files, "*X-Q4*") == 111
+    assert {name: len(shards) for name, shards in models_fitting(files, "*X-Q4*").items()} == {"X-Q4": 1, "a/X-Q4": 2}
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from huggingface_hub import constants
 
 from apex_quant import run
 from apex_quant.errors import InputError, ResourceError, UsageError
+from apex_quant.pipeline import steps_checks
 from apex_quant.pipeline.context import PhaseEvent
+from apex_quant.pipeline.jobs import evaluate_file
 from apex_quant.pipeline.state import State
 from tests.helpers.random_models import write_random_gguf
 from tests.hub.conftest import hub, token, waits  # noqa: F401 -- fixtures
@@ -151,6 +153,38 @@ def test_baselines_and_publishing(hub: MockHub, again: Path) -> None:  # noqa: F
     hub.log.clear()
     assert ran(small_run(again, **more, yes=True)) == {}
     assert hub.log == []
+
+
+def test_an_interrupted_baseline_stays_at_its_commit(
+    hub: MockHub,  # noqa: F811
+    again: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A newer commit changes nothing until it is asked for, and files of two folders may have one name."""
+    ours, others = ((again / f"work/release/Small-APEX-{tier}.gguf").read_bytes() for tier in ("Quality", "I-Compact"))
+    repo = hub.repos["other/GGUF"] = Repo(files={"a/X-Q4.gguf": ours, "b/X-Q4.gguf": others})
+    first, spec = repo.commit, "other/GGUF:X-Q4*"
+    given: dict[str, Any] = {"baselines": [spec], "phases": {"only": ["baselines"]}}
+    calls: list[Any] = []
+
+    def ends_after_one(*about: Any) -> Any:
+        calls.append(about)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate_file(*about)
+
+    monkeypatch.setattr(steps_checks, "evaluate_file", ends_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(again, **given)
+    repo.history.append(dict(repo.files))
+    repo.files = {"a/X-Q4.gguf": others, "b/X-Q4.gguf": ours}
+    small_run(again, **given)
+    record = State(again / "work").load().records["baselines"][spec]
+    assert {one["commit"] for one in record.facts["models"]} == {first}
+    assert [Path(file.path).name for file in record.outputs["results"]] == ["a-X-Q4.json", "b-X-Q4.json"]
+    small_run(again, **given, force=True)
+    record = State(again / "work").load().records["baselines"][spec]
+    assert {one["commit"] for one in record.facts["models"]} == {repo.commit} != {first}
 
 
 @pytest.mark.usefixtures("token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,15 +10,19 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from apex_quant import quantize, run
 from apex_quant.errors import BusyError, InputError, UsageError
-from apex_quant.pipeline.context import PhaseEvent
+from apex_quant.gguf import split
+from apex_quant.pipeline.config import load_config
+from apex_quant.pipeline.context import Context, PhaseEvent
 from apex_quant.pipeline.results import RunResult
 from apex_quant.pipeline.state import Started, State, exclusive
 from apex_quant.pipeline.status import status
+from apex_quant.pipeline.steps_publish import publish_items
 from apex_quant.publishable import publishable
 from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
 from tests.convert.tiny_checkpoint import write_checkpoint
@@ -300,6 +305,160 @@ def test_a_projector_is_published_as_it_is(finished: Path, tmp_path: Path) -> No
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "Small-BF16.gguf")}, phases={"only": ["source"]})
     with pytest.raises(InputError, match="no such file"):
         small_run(tmp_path, convert={"mmproj": str(tmp_path / "none.gguf")}, phases={"only": ["source"]})
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_given_is_never_cleared_away(again: Path, linked: bool) -> None:
+    """A matrix and a projector that lie under the names that the run would give them."""
+    release = again / "work/release"
+    tensors = {"v.patch_embd.weight": ((16, 16), "F16")}
+    projector = release / "mmproj-Small-BF16.gguf"
+    write_generic(projector, "clip", tensors, **{"/general__file_type": 1})
+    matrix = release / "Small-BF16.imatrix.gguf"
+    before = {path: path.read_bytes() for path in (matrix, projector)}
+    names = {"imatrix": matrix, "mmproj": projector}
+    if linked:
+        for label, path in names.items():
+            names[label] = again / f"{label}.gguf"
+            names[label].symlink_to(path)
+    given: dict[str, Any] = {"convert": {"mmproj": str(names["mmproj"])}, "phases": {"only": ["source", "calibrate"]}}
+    for force in (False, True):
+        made = run(again / "Small-BF16.gguf", work=str(again / "work"), tiers=["i-compact"], **given, force=force,
+                   calibrate={"imatrix": str(names["imatrix"])}, evaluate={"suite": "none"})  # fmt: skip
+        assert ran(made) == {"source": ("", "mmproj") if force else ("mmproj",), "calibrate": ("",)}
+        assert {path: path.read_bytes() for path in before} == before
+    state = State(again / "work").load()
+    assert [state.records[phase][name].claims for phase, name in (("source", "mmproj"), ("calibrate", ""))] == [[], []]
+
+
+def test_the_folder_of_the_caller_is_nothing(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative names mean the same to `apex status` elsewhere, folders of text and a source like a hub id included."""
+    (again / "org").mkdir()
+    (again / "org/Small.gguf").hardlink_to(again / "Small-BF16.gguf")
+    (again / "texts").mkdir()
+    (again / "corpus.txt").rename(again / "texts/corpus.txt")
+    monkeypatch.chdir(again)
+    run("org/Small.gguf", work="other", tiers=["i-compact"], calibrate={"corpus": ["texts"], "tokens": 256, "ctx": 64},
+        threads=1, evaluate={"suite": "none"}, phases={"only": ["source", "calibrate"]})  # fmt: skip
+    there = {one.name: one.next for one in status("other").phases}
+    monkeypatch.chdir("/")
+    elsewhere = {one.name: one.next for one in status(again / "other").phases}
+    assert elsewhere == there
+    assert (there["source"], there["calibrate"]) == ("unchanged", "unchanged")
+
+
+def test_shards_and_names_are_part_of_a_file(again: Path, tmp_path: Path) -> None:
+    """What decides only how a file is cut or called makes it anew as well; what has the old name goes."""
+    release = tmp_path / "work/release"
+    source = split(again / "Small-BF16.gguf", tmp_path / "Split", 8_000_000)[0]
+
+    def made(**more: Any) -> dict[str, tuple[str, ...]]:
+        return ran(run(source, work=str(tmp_path / "work"), tiers=["quality"], threads=1, evaluate={"suite": "none"},
+                       phases={"only": ["source", "recipes", "quantize"]}, **more))  # fmt: skip
+
+    made()
+    assert [path.name for path in release.glob("*.gguf")] == ["Split-APEX-Quality.gguf"]
+    assert made(quantize={"keep_split": True}) == {"recipes": ("quality",), "quantize": ("quality",)}
+    assert len(list(release.glob("Split-APEX-Quality-*-of-*.gguf"))) > 1
+    assert not (release / "Split-APEX-Quality.gguf").exists()
+    made()
+    again_made = made(name="Other")
+    assert again_made == {"source": ("",), "recipes": ("quality",), "quantize": ("quality",)}
+    assert {path.name for path in release.rglob("*") if path.is_file()} == {
+        "Other-APEX-Quality.gguf", "Other-APEX-Quality.gguf.journal", "Other-quality.txt",
+    }  # fmt: skip
+
+
+def test_another_name_is_another_name_everywhere(again: Path) -> None:
+    """The files of all phases that have it in theirs, and the results that are published beside them."""
+    made = small_run(again, name="Other")
+    assert list(ran(made)) == ["source", "reference", "calibrate", "recipes", "quantize", "verify", "evaluate"]
+    files = [path.name for path in (again / "work").rglob("*") if path.is_file() and "Small" in path.name]
+    assert files == []
+    assert sorted(path.name for path in (again / "work/release/results").iterdir() if path.suffix == ".json") == [
+        "Other-APEX-I-Compact.json", "Other-APEX-Quality.json",
+    ]  # fmt: skip
+
+
+def test_publish_waits_for_the_last_phase_before_it(again: Path) -> None:
+    (item,) = publish_items(_looked_at(again, {("verify", "quality"), ("evaluate", "quality")}))
+    assert item.inputs["files"] == "after evaluate"
+
+
+def test_a_report_without_what_was_not_measured(again: Path) -> None:
+    """A run that measures nothing reports what was measured before, and says what is missing."""
+    said: list[object] = []
+    given: dict[str, Any] = {"tiers": ["quality", "i-compact", "compact"], "report": {"formats": ["md"]}}
+    made = small_run(again, **given, phases={"skip": ["verify", "evaluate"]}, progress=said.append)
+    assert "report" in ran(made)
+    notes = [e.text for e in said if isinstance(e, PhaseEvent) and (e.kind, e.phase) == ("note", "report")]
+    assert "without compact: not measured, and evaluation is left out" in notes
+    shown = State(again / "work").load().records["report"][""].inputs
+    assert sorted(shown) == ["results of i-compact", "results of quality"]
+    made = small_run(again, **given, phases={"only": ["verify", "evaluate", "report"]})
+    assert "report" in ran(made)
+    assert "results of compact" in State(again / "work").load().records["report"][""].inputs
+
+
+def test_status_without_a_tier_file(again: Path) -> None:
+    """The file that a tier of the user's own was read from is gone: what was made of it is told all the same."""
+    state = State(again / "work").load()
+    state.about["config"]["tiers"] = [str(again / "mine.toml")]
+    state.save()
+    found = status(again / "work")
+    assert sorted(file.tier for file in found.files) == ["i-compact", "quality"]
+    assert all("mine.toml" in one.next for one in found.phases)
+
+
+def test_settings_of_another_kind_of_source(finished: Path, tmp_path: Path) -> None:
+    source, work = finished / "Small-BF16.gguf", str(tmp_path / "work")
+    for given, why in (
+        ({"source_files": "*BF16*"}, "source_files concerns a download"),
+        ({"convert": {"mmproj": True}}, "the source is a GGUF"),
+    ):
+        for dry_run in (False, True):
+            with pytest.raises(UsageError, match=why):
+                run(source, work=work, dry_run=dry_run, **given)
+    with pytest.raises(UsageError, match="the source is a GGUF"):
+        run("org/Tiny", work=work, source_files="*BF16*", convert={"mmproj": True}, dry_run=True)
+    assert not (tmp_path / "work").exists()
+    said: list[str] = []
+    run(source, work=work, tiers=["quality"], convert={"outtype": "f16", "nextn": False, "mmproj": False}, dry_run=True,
+        progress=lambda event: said.append(event.text))  # fmt: skip
+    assert "the source is a GGUF: convert.outtype, convert.nextn not used" in said
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    said: list[str] = []
+    with exclusive(tmp_path, said.append):
+        assert said == [f"{tmp_path}: this file system has no locks: nothing keeps a second run out of the folder"]
+
+
+def test_what_is_known_of_a_file_outlives_the_run(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended after the file was made and before it was recorded."""
+    given: dict[str, Any] = {"phases": {"only": ["reference"]}, "reference": {"ctx": 32, "chunks": 1}}
+    before = State(again / "work").load().records["reference"][""].facts
+
+    def ends(state: State, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "stored", ends)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(again, **given)
+    small_run(again, **given)
+    facts = State(again / "work").load().records["reference"][""].facts
+    assert set(facts) == set(before)
+    assert facts["tokens"] < before["tokens"]
+
+
+def _looked_at(folder: Path, pending: set[tuple[str, str]]) -> Context:
+    config = load_config(None, {"source": str(folder / "Small-BF16.gguf"), "publish.repo": "me/Small"})
+    return Context(config, folder / "work", State(folder / "work").load(), pending=pending)
 
 
 def test_a_finished_matrix_that_was_not_recorded(again: Path) -> None:

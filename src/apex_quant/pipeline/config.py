@@ -24,7 +24,9 @@ from apex_quant.pipeline.keys import (
     HARNESS_TASKS,
     METRICS,
     PHASES,
+    Convert,
     Phase,
+    Phases,
     RunConfig,
     Section,
 )
@@ -33,8 +35,8 @@ from apex_quant.pipeline.values import SOURCE_ID
 from apex_quant.pipeline.yaml_text import Key, Located, read_yaml
 
 __all__ = [
-    "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "METRICS", "PHASES", "Phase", "RunConfig", "Section",
-    "load_config", "make_config", "sections",
+    "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "METRICS", "PHASES", "Convert", "Phase", "Phases", "RunConfig",
+    "Section", "anywhere", "load_config", "make_config", "sections",
 ]  # fmt: skip
 
 _MOST_PROBLEMS: Final = 5
@@ -128,6 +130,11 @@ def make_config(
     if in_file:
         raise InputError(f"{where}: {message}", hint=_HINT)
     raise UsageError(message, hint=_HINT)
+
+
+def anywhere(config: RunConfig) -> dict[str, Any]:
+    """All keys as to_json() has them, with absolute names of files: they mean the same from every folder."""
+    return _beside(config.to_json(), Path.cwd())
 
 
 def sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

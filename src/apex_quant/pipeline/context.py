@@ -7,7 +7,7 @@ WORK/release/     what is published: quantized files, NAME.imatrix.gguf, recipes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +15,13 @@ from typing import Any, Final
 from apex_quant.errors import UsageError
 from apex_quant.native import Local, Workers
 from apex_quant.pipeline.config import RunConfig
-from apex_quant.pipeline.phases import PENDING
+from apex_quant.pipeline.phases import PENDING, Item
 from apex_quant.pipeline.state import Record, State, digest_of
 
 FOLDERS: Final = ("source", "reference", "release", "release/recipes", "release/results")
 _COMMITS: Final = "commits"
-"""Of the state: the commit at which each repository was taken, by REPO@REVISION."""
+"""Of the state: the commit at which each repository was taken, by REPO@REVISION, of other phases than source with
+their name before it."""
 _WORTH_SAYING: Final = 2 << 30  # bytes to hash
 
 
@@ -83,19 +84,29 @@ class Context:
     def note(self, phase: str, text: str) -> None:
         self.tell(PhaseEvent("note", phase, text))
 
-    def pinned(self, repo: str, revision: str | None) -> str | None:
-        """The commit at which this run took a repository before; `revision` where there is none, or to look again."""
+    def pinned(self, repo: str, revision: str | None, phase: str = "source") -> str | None:
+        """The commit at which a phase took a repository before; `revision` where there is none, or to look again."""
         known: dict[str, str] = self.state.about.get(_COMMITS, {})
-        return revision if "source" in self.forced else known.get(f"{repo}@{revision or ''}", revision)
+        return revision if phase in self.forced else known.get(_pin(repo, revision, phase), revision)
 
-    def pin(self, repo: str, revision: str | None, commit: str) -> None:
+    def pin(self, repo: str, revision: str | None, commit: str, phase: str = "source") -> None:
         """Remember it: what a later run downloads, when the cache was emptied, is the same."""
-        self.state.about.setdefault(_COMMITS, {})[f"{repo}@{revision or ''}"] = commit
+        self.state.about.setdefault(_COMMITS, {})[_pin(repo, revision, phase)] = commit
 
     def announce_hashing(self, phase: str, paths: Sequence[Path]) -> None:
         """A line before minutes of silence."""
         if (size := self.state.unread(paths)) >= _WORTH_SAYING:
             self.note(phase, f"reading {size / 1e9:.0f} GB once, for their sha256")
+
+    def noted(self, phase: str, item: Item) -> dict[str, Any]:
+        """What an earlier run, which ended before the item was recorded, knew of its files."""
+        begun = self.state.started.get(phase, {}).get(item.name)
+        return dict(begun.facts) if begun is not None else {}
+
+    def keep_note(self, phase: str, item: Item, facts: Mapping[str, Any]) -> None:
+        """Keep what is known of files that are whole, before the minutes in which they are hashed."""
+        self.state.started[phase][item.name].facts = dict(facts)
+        self.state.save()
 
     def record(self, phase: str, item: str = "") -> Record | None:
         return self.state.record(phase, item)
@@ -125,14 +136,22 @@ class Context:
         return self.artifact("source", "files") if self.is_gguf else self.artifact("convert", "model")
 
     def files(self, names: Sequence[str]) -> dict[str, str]:
-        """Digests of the user's own files by name, folders file by file; names that are no files give none."""
-        found = {}
-        for name in names:
-            path = Path(name)
+        """Digests of the user's own files by name, folders file by file; names that are no files give none. Equal names
+        of other folders are numbered: where a file lies decides nothing."""
+        found: dict[str, str] = {}
+        for path in map(Path, names):
+            label, number = path.absolute().name, 1
+            while label in found:
+                number += 1
+                label = f"{path.absolute().name} {number}"
             if path.is_file():
-                found[path.name if path.name not in found else name] = self.state.sha256(path)
+                found[label] = self.state.sha256(path)
             elif path.is_dir():
                 inside = sorted(one for one in path.rglob("*") if one.is_file() and not one.name.startswith("."))
                 digests = [f"{one.relative_to(path)} {self.state.sha256(one)}" for one in inside]
-                found[name] = digest_of(digests) if len(digests) != 1 else digest_of([*digests, ""])
+                found[label] = digest_of(digests) if len(digests) != 1 else digest_of([*digests, ""])
         return found
+
+
+def _pin(repo: str, revision: str | None, phase: str) -> str:
+    return f"{'' if phase == 'source' else f'{phase} '}{repo}@{revision or ''}"

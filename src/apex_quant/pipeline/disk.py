@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -64,17 +64,17 @@ def symlink(source: Path, target: Path) -> Path:
     return target
 
 
-def clear(work: Path, path: Path) -> None:
+def clear(work: Path, path: Path, *, keep: Collection[Path] = ()) -> None:
     """Delete what a run made at `path`, with everything that begins with this name and a dot: journals, states,
-    notes. Only below WORK; UsageError for anything else."""
+    notes. Files in `keep` (as located() has them) stay. Only below WORK; UsageError for anything else."""
     path, work = located(path), work.resolve()
     if not path.is_relative_to(work) or path == work:
         raise UsageError(f"{path} does not lie in {work}: nothing is deleted there")
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
+    elif path not in keep:
         path.unlink(missing_ok=True)
     if path.parent.is_dir():
         for other in path.parent.iterdir():
-            if other.name.startswith(f"{path.name}.") and other.is_file():
+            if other.name.startswith(f"{path.name}.") and other.is_file() and other not in keep:
                 other.unlink(missing_ok=True)

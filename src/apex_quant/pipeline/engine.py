@@ -17,14 +17,14 @@ from apex_quant.errors import UsageError
 from apex_quant.native import Workers
 from apex_quant.pipeline import disk, room
 from apex_quant.pipeline.config import PHASES as NAMES
-from apex_quant.pipeline.config import RunConfig, load_config
+from apex_quant.pipeline.config import Phases, RunConfig, anywhere, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
 from apex_quant.pipeline.estimate import estimate, peak_disk
-from apex_quant.pipeline.look import RESUMED, Look, lacking, look, look_at
+from apex_quant.pipeline.look import NOTHING, RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
 from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
-from apex_quant.pipeline.steps_source import check_source, convert_problem
+from apex_quant.pipeline.steps_source import check_source, convert_problem, unused_settings
 from apex_quant.pipeline.table import PHASES
 
 
@@ -50,6 +50,8 @@ def run(
     """
     tell = progress or (lambda event: None)
     config = configured(source, options, lambda note: tell(PhaseEvent("note", "config", note)))
+    for note in unused_settings(config):
+        tell(PhaseEvent("note", "convert", note))
     work = config.work_folder.resolve()
     selected = config.phases.selected()
     forced = selected if force else ()
@@ -66,12 +68,13 @@ def run(
     if "source" in selected:
         check_source(config)  # before there is a folder
     started = time.monotonic()
-    with exclusive(work), _machines(config, tell) as machines:
+    with exclusive(work, lambda note: tell(PhaseEvent("note", "run", note))), _machines(config, tell) as machines:
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
         context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines, forced=forced)
         look(context, PHASES, selected, force=forced)  # what is refused is refused now
-        context.state.about |= {"source": config.source, "name": config.model_name, "config": config.to_json()}
+        kept = anywhere(config)
+        context.state.about |= {"source": kept["source"], "name": config.model_name, "config": kept}
         runs = _Engine(context, selected).run()
         context.state.prune()
         context.state.save()
@@ -135,6 +138,8 @@ class _Engine:
 
     def _phase(self, one: Look) -> PhaseRun:
         phase, context = one.phase, self.context
+        if one.skipped in (None, NOTHING):
+            self._dropped(phase, {item.name for item in (*(item for item, _ in one.due), *one.done)})
         if not one.due:
             context.tell(PhaseEvent("skip", phase.name, one.reason))
             return PhaseRun.of(one)
@@ -159,17 +164,25 @@ class _Engine:
             self._interrupted(phase, time.monotonic() - last)
             raise
         seconds = time.monotonic() - begun
-        self._orphans(phase)
         context.tell(PhaseEvent("done", phase.name, "", seconds=seconds))
         return PhaseRun.of(one, seconds)
 
-    def _orphans(self, phase: Phase) -> None:
-        """Tell of files that an earlier configuration asked for and this one does not: they stay, and are published."""
-        context, names = self.context, {item.name for item in phase.items(self.context)}
-        for name, record in context.state.records.get(phase.name, {}).items():
-            files = [file.path for every in record.outputs.values() for file in every]
-            if name not in names and files and phase.name == "quantize":
-                context.note(phase.name, f"{name} is no longer asked for; its file stays: {files[0]}")
+    def _dropped(self, phase: Phase, names: Collection[str]) -> None:
+        """Of what an earlier configuration asked for and this one does not: what was still in hand is cleared away;
+        finished files stay and are published, which is told."""
+        context, state = self.context, self.context.state
+        started, records = state.started.get(phase.name, {}), state.records.get(phase.name, {})
+        begun = [started.pop(name) for name in list(started) if name not in names]
+        others = {claim for record in records.values() for claim in record.claims}
+        others |= {claim for one in started.values() for claim in one.claims}
+        for claim in dict.fromkeys(claim for one in begun for claim in one.claims if claim not in others):
+            self._clear(phase, state.work / claim)
+        if begun:
+            state.save()
+        for name, record in records.items() if phase.name == "quantize" else ():
+            files = [file for every in record.outputs.values() for file in every if state.where(file).exists()]
+            if name not in names and files:
+                context.note(phase.name, f"{name} is no longer asked for; its file stays: {files[0].path}")
 
     def _eta(self, one: Look) -> tuple[float, float, float] | None:
         """Estimated seconds of what is due with their range, by what the same and similar work took here before."""
@@ -185,21 +198,28 @@ class _Engine:
         """Clear away what is of another key, and remember that this one is in hand."""
         state, key = self.context.state, key_of(item.parameters, item.inputs)
         started = state.started.setdefault(phase.name, {})
+        # the user's own files, and links of ours that have become them
+        given = {place for path in item.about.get("given", ()) for place in (located(path), path.resolve())}
         claims = [state.relative(path) for path in phase.claims(self.context, item)]
         if again:
             old, record = started.pop(item.name, None), state.record(phase.name, item.name)
             names = [*(record.claims if record else []), *(old.claims if old else []), *claims]
-            given = {located(path) for path in item.about.get("shards", ())}
             for name in dict.fromkeys(names):
-                if phase.name != "source":
-                    self._refuse_source(state.work / name)
-                elif located(state.work / name) in given:
-                    continue  # the user's own file, or a link of ours that has become it
-                disk.clear(state.work, state.work / name)
-                state.forget(state.work / name)
+                self._clear(phase, state.work / name, given)
             state.records.get(phase.name, {}).pop(item.name, None)
-        spent = started[item.name].seconds if item.name in started else 0.0
-        started[item.name] = Started(key, claims, spent)
+        before = started.get(item.name, Started(key, []))
+        # what was given is not the item's own to delete, once it is given no more
+        own = [name for name in claims if located(state.work / name) not in given]
+        started[item.name] = replace(before, key=key, claims=own)
+
+    def _clear(self, phase: Phase, path: Path, given: Collection[Path] = ()) -> None:
+        """Delete what an item has, but not what is `given`. Raises UsageError where the source lies."""
+        state = self.context.state
+        if phase.name != "source" and located(path) not in given:
+            self._refuse_source(path)
+        disk.clear(state.work, path, keep=given)
+        if not path.exists():
+            state.forget(path)
 
     def _refuse_source(self, path: Path) -> None:
         """UsageError where the source itself lies, before anything there is deleted."""
@@ -243,6 +263,9 @@ class _Engine:
         if not files:
             return
         readers = PHASES[1 + NAMES.index("convert") :]
+        # what is left out of this run only may be asked for in the next
+        whole = context.config.model_copy(update={"phases": Phases()})
+        context = replace(context, config=whole, pending=set(context.pending))
         try:
             every = look(context, readers, NAMES)
         except UsageError:  # one needs what was left out of this run: it may read the file another time
@@ -253,7 +276,7 @@ class _Engine:
         context.state.save()  # first: a run that ends in between finds the file and deletes it
         for file in files:
             path = context.state.where(file)
-            path.unlink(missing_ok=True)
+            disk.clear(context.work, path)
             context.state.forget(path)
         total = sum(file.bytes for file in files)
         context.note("convert", f"deleted {', '.join(file.path for file in files)} ({total} bytes): no phase needs it")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from apex_quant.errors import InputError, UsageError
+from apex_quant.pipeline.config import anywhere
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.phases import PENDING, Item, Phase
 from apex_quant.pipeline.reasons import changes, grouped
@@ -127,7 +128,7 @@ def _left_out(context: Context, phase: Phase) -> tuple[str | None, str | None]:
     except UsageError:  # of a phase before it that never ran: who reads that says so
         return None, None
     except InputError:
-        if phase.name == "source" and context.state.about.get("source") != context.config.source:
+        if phase.name == "source" and context.state.about.get("source") != anywhere(context.config)["source"]:
             raise
         return None, None
     stale, damaged = [], []

@@ -23,7 +23,7 @@ PENDING: Final = "after "
 class Item:
     """One piece of a phase's work. `parameters`: JSON values; `inputs`: a digest by label, of content only.
 
-    `about` is for the step and decides nothing.
+    `about` is for the step and decides nothing; `given` in it: files of the user's, which are never cleared away.
     """
 
     name: str

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apex_quant.errors import ApexError
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.estimate import PhaseEstimate
 from apex_quant.pipeline.look import Look
@@ -112,10 +113,14 @@ def summarize(context: Context, runs: Sequence[PhaseRun], seconds: float, *, dry
 
 
 def files(context: Context) -> list[FileResult]:
-    """Every quantized file that the state knows, in the order of the configuration."""
+    """Every quantized file that the configuration asks for and the state knows, in that order; where a tier file cannot
+    be read, all that the state knows."""
     found = []
-    order = [one.name for one in wanted(context.config)]
     records = context.state.records.get("quantize", {})
+    try:
+        order = [one.name for one in wanted(context.config)]
+    except ApexError:
+        order = list(records)
     for tier in [name for name in order if name in records]:
         record = records[tier]
         verified, measured = proof(context, "verify", tier), proof(context, "evaluate", tier)

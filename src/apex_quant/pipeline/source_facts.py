@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final, Literal
 
@@ -16,7 +15,7 @@ from apex_quant.checkpoint import WEIGHTS
 from apex_quant.errors import ApexError
 from apex_quant.evaluation.active import active_bytes
 from apex_quant.gguf import GGUFModel, open_model
-from apex_quant.hub import HubFile
+from apex_quant.hub import BASELINE, HubFile, models_fitting
 from apex_quant.model.facts import facts
 from apex_quant.pipeline.config import RunConfig
 from apex_quant.pipeline.wanted import plan_options, wanted
@@ -212,21 +211,20 @@ def _baseline_bytes(spec: str, notes: list[str], *, online: bool) -> int | None:
     """Bytes of the files that a baseline names, None where the hub does not tell."""
     if not online:
         return None
-    repo, pattern = spec.split(":")[:2]
-    name, _, revision = repo.partition("@")
+    words = BASELINE.fullmatch(spec)
+    assert words is not None  # the configuration has looked
     try:
         from apex_quant.hub import repository
         from apex_quant.hub_access import explained
 
-        with explained(name):
-            there = repository(name, revision or None)
+        with explained(words["repo"]):
+            there = repository(words["repo"], words["revision"])
     except ApexError as error:
         notes.append(f"sizes of {spec} are not known: {error.message}")
         return None
-    return fitting_bytes(there.files, pattern)
+    return fitting_bytes(there.files, words["pattern"])
 
 
 def fitting_bytes(files: Sequence[HubFile], pattern: str) -> int:
-    """Bytes of the GGUF files whose path or name fits a pattern, as of shells."""
-    fitting = [one for one in files if fnmatchcase(one.path, pattern) or fnmatchcase(one.path.split("/")[-1], pattern)]
-    return sum(one.size for one in fitting if one.path.endswith(".gguf"))
+    """Bytes of the GGUF models whose path or name fits a pattern, as of shells."""
+    return sum(file.size for shards in models_fitting(files, pattern).values() for file in shards)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,11 +57,13 @@ class Record:
 
 @dataclass
 class Started:
-    """An item in hand: its key, what it will write, and seconds that interrupted runs spent on it."""
+    """An item in hand: its key, what it will write, seconds that interrupted runs spent on it, and what is known of its
+    files once they are whole."""
 
     key: str
     claims: list[str]
     seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def key_of(parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -116,7 +118,12 @@ class State:
             }
             self.started = {
                 phase: {
-                    name: Started(str(one["key"]), [str(path) for path in one["claims"]], float(one["seconds"]))
+                    name: Started(
+                        str(one["key"]),
+                        [str(path) for path in one["claims"]],
+                        float(one["seconds"]),
+                        dict(one.get("facts", {})),
+                    )
                     for name, one in items.items()
                 }
                 for phase, items in document["started"].items()
@@ -234,8 +241,9 @@ def _record(one: Mapping[str, Any]) -> Record:
 
 
 @contextmanager
-def exclusive(work: Path) -> Iterator[None]:
-    """Hold the folder for one run; death releases it. Raises BusyError at once when another run has it."""
+def exclusive(work: Path, say: Callable[[str], None] = lambda note: None) -> Iterator[None]:
+    """Hold the folder for one run; death releases it. Where the file system has no locks nothing holds it, and `say`
+    gets a line. Raises BusyError at once when another run has it."""
     path = work / LOCK
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -254,6 +262,7 @@ def exclusive(work: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise ResourceError(f"{path}: cannot be locked: {error.strerror}") from None
+            say(f"{work}: this file system has no locks: nothing keeps a second run out of the folder")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()} since {now()}\n".encode(), 0)
         yield

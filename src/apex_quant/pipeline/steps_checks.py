@@ -25,7 +25,7 @@ from apex_quant.pipeline.proof import proof
 from apex_quant.pipeline.quarantine import note_of, quarantine
 from apex_quant.pipeline.smoke import PROMPTS, ceiling, generate_once, written_before
 from apex_quant.pipeline.steps_files import matrix
-from apex_quant.pipeline.wanted import wanted
+from apex_quant.pipeline.wanted import ceilings, wanted
 
 
 def _prompts(context: Context) -> tuple[str, ...]:
@@ -38,7 +38,12 @@ def _greedy(context: Context) -> Path:
 
 def verify_items(context: Context) -> list[Item]:
     given = context.config.verify
-    parameters = {"rebuild": given.rebuild, "generate": given.generate, "prompts": list(_prompts(context))}
+    parameters = {
+        "name": context.name,
+        "rebuild": given.rebuild,
+        "generate": given.generate,
+        "prompts": list(_prompts(context)),
+    }
     items = []
     for one in wanted(context.config):
         file = context.artifact("quantize", "model", one.name)
@@ -123,7 +128,10 @@ def _settings(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
     parameters: dict[str, Any] = {"suite": given.suite}
     if given.suite in NATIVE:
         parameters |= {"only": list(given.only), "floor": given.floor, "tasks": given.tasks, "seed": given.seed}
-        parameters["task_files"] = dict(given.task_files)
+        # of files their content counts, which is among the inputs
+        parameters["task_files"] = {
+            task: Path(name).name if Path(name).exists() else name for task, name in given.task_files.items()
+        }
     if given.suite in HARNESS:
         parameters["harness"] = given.harness.model_dump(mode="json")
     against = reference(context)
@@ -134,12 +142,14 @@ def _settings(context: Context) -> tuple[dict[str, Any], dict[str, str]]:
 
 def evaluate_items(context: Context) -> list[Item]:
     parameters, inputs = _settings(context)
-    items = []
-    for one in wanted(context.config):
+    parameters = {"name": context.name, **parameters}
+    items, outputs = [], wanted(context.config)
+    limits = ceilings(context.config, outputs)
+    for one in outputs:
         file = context.artifact("quantize", "model", one.name)
         checked = None if ("verify", one.name) in context.pending else proof(context, "verify", one.name)
         if checked is None or not checked.facts.get("quarantined"):
-            limit = context.config.verify.kld_ceiling.get(one.name)
+            limit = limits.get(one.name)
             decided = {**parameters, "kld_ceiling": limit} if limit is not None else parameters
             items.append(Item(one.name, decided, {"file": file.digest, **inputs}))
     return items
@@ -163,12 +173,12 @@ def evaluate_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         Target(context.artifact("quantize", "model", item.name).paths, next(iter(evaluate_claims(context, item))))
         for item in items
     ]
-    measured = {}
+    measured, limits = {}, ceilings(context.config, wanted(context.config))
     for number, found, seconds in measure_files(context, "evaluate", targets):
         item, (path, *_), out = items[number], *targets[number]
         measured[path.name] = found
         kld = (found.metrics.get("kld") or {}).get("mean")
-        limit = ceiling(item.name, context.facts("quantize", item.name)["bpw"], context.config.verify.kld_ceiling)
+        limit = ceiling(item.name, context.facts("quantize", item.name)["bpw"], limits)
         facts: dict[str, Any] = {"kld": kld, "ceiling": limit if kld is not None else None}
         outputs = results_of(out)
         if kld is not None and kld["value"] is not None and kld["value"] > limit:
@@ -215,6 +225,23 @@ def baselines_claims(context: Context, item: Item) -> Iterable[Path]:
     return [_place(context, item.name)]
 
 
+def _at_commit(context: Context, spec: str) -> str:
+    """The spec at the commit at which this run first took its repository: what an interrupted run has measured stays
+    true when there is a newer one. Raises what looking it up raises."""
+    from apex_quant.hub import BASELINE, repository
+    from apex_quant.hub_access import explained, retried
+
+    words = BASELINE.fullmatch(spec)
+    assert words is not None  # the configuration has looked
+    repo, revision = words["repo"], words["revision"]
+    if (commit := context.pinned(repo, revision, "baselines")) == revision:
+        with explained(repo):
+            commit = retried(lambda: repository(repo, revision)).commit
+        context.pin(repo, revision, commit, "baselines")
+        context.state.save()
+    return f"{repo}@{commit}:{words['pattern']}:{words['label'] or repo}"
+
+
 def baselines_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     """Other people's files, downloaded and measured as ours are. Raises as baseline_files() and evaluate()."""
     from apex_quant.hub import baseline_files
@@ -224,8 +251,9 @@ def baselines_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         folder.mkdir(parents=True, exist_ok=True)
         outputs: dict[str, list[Path]] = {"results": [], "per_token": []}
         facts = []
-        for one in baseline_files(item.name, progress=context.tell):
-            out = folder / f"{one.path.name.removesuffix('.gguf')}.json"
+        for one in baseline_files(_at_commit(context, item.name), progress=context.tell):
+            # by its path there: files of several folders may have one name
+            out = folder / f"{one.files[0].path.removesuffix('.gguf').replace('/', '-')}.json"
             evaluate_file(request(context, Target([one.path], out)), None, context.tell)
             for label, paths in results_of(out).items():
                 outputs[label] += paths

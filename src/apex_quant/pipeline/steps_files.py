@@ -33,7 +33,7 @@ def recipe_items(context: Context) -> list[Item]:
         sensitivity = context.config.optimize.sensitivity
         if one.size is not None and sensitivity != "measure":
             inputs["sensitivity"] = context.state.sha256(Path(sensitivity))
-        items.append(Item(one.name, one.parameters, inputs, {"wanted": one}))
+        items.append(Item(one.name, {"name": context.name, **one.parameters}, inputs, {"wanted": one}))
     return items
 
 
@@ -135,11 +135,11 @@ def quantize_items(context: Context) -> list[Item]:
         inputs = {"model": model, "recipe": recipe, **importance(context, one)}
         # the recipe has the types; these have what else goes into the file
         parameters = {key: value for key, value in one.parameters.items() if key in _WRITTEN}
-        items.append(Item(one.name, parameters, inputs, {"wanted": one}))
+        items.append(Item(one.name, {"name": context.name, **parameters}, inputs, {"wanted": one}))
     return items
 
 
-_WRITTEN = ("fill", "override_kv", "prune_layers", "split", "published", "mix", "size")
+_WRITTEN = ("fill", "override_kv", "prune_layers", "split", "keep_split", "published", "mix", "size")
 
 
 def quantize_claims(context: Context, item: Item) -> Iterable[Path]:

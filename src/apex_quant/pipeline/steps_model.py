@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import link
@@ -29,6 +28,7 @@ def reference_unused(context: Context) -> str | None:
 def reference_items(context: Context) -> list[Item]:
     given = context.config.reference
     parameters = {
+        "name": context.name,
         "form": given.form,
         "ctx": given.ctx,
         "chunks": given.chunks,
@@ -51,7 +51,7 @@ def reference_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     given = context.config.reference
     for item in items:
         (out,) = reference_claims(context, item)
-        facts: dict[str, Any] = {}
+        facts = context.noted("reference", item)
         if not out.exists():
             made = make_reference(
                 context.model().path,
@@ -66,6 +66,7 @@ def reference_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
                 progress=context.tell,
             )
             facts = {"form": made.form, "tokens": made.tokens, "error": made.error, "warnings": list(made.warnings)}
+            context.keep_note("reference", item, facts)
         yield Done(item, {"reference": [out]}, facts)
 
 
@@ -79,8 +80,17 @@ def calibrate_unused(context: Context) -> str | None:
 def calibrate_items(context: Context) -> list[Item]:
     given = context.config.calibrate
     if given.imatrix is not None:
-        return [Item("", {"imatrix": "given"}, {"imatrix": context.state.sha256(Path(given.imatrix))})]
+        path = Path(given.imatrix)
+        return [
+            Item(
+                "",
+                {"name": context.name, "imatrix": "given"},
+                {"imatrix": context.state.sha256(path)},
+                {"given": [path]},
+            )
+        ]
     parameters = {
+        "name": context.name,
         "corpus": [name for name in given.corpus if not Path(name).exists()],
         "mix": given.mix,
         "tokens": given.tokens,

@@ -32,19 +32,20 @@ def finished_items(context: Context) -> list[Item]:
     given = context.config.convert.mmproj
     if not isinstance(given, str) or given == "auto":
         return []
+    decided = {"kind": NAME, "name": context.name}
     if _REMOTE.fullmatch(given):
-        return [Item(NAME, {"kind": NAME, "from": given}, {})]
+        return [Item(NAME, {**decided, "from": given}, {})]
     path = Path(given)
     if not path.is_file():
         raise InputError(f"convert.mmproj: {path}: no such file", hint="FILE or REPO:FILE, auto, true or false")
-    return [Item(NAME, {"kind": NAME}, {"file": context.state.sha256(path)}, {"file": path})]
+    return [Item(NAME, decided, {"file": context.state.sha256(path)}, {"given": [path]})]
 
 
 def finished(context: Context, item: Item) -> Done:
     """Fetch it, and lay it beside the quantized files. Raises what snapshot() raises, InputError for another file."""
     facts = {}
-    if "file" in item.about:
-        path = Path(item.about["file"])
+    if "given" in item.about:
+        (path,) = item.about["given"]
     else:
         from apex_quant.hub import snapshot
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from apex_quant.gguf import split
 from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.pipeline import disk
+from apex_quant.pipeline.config import PHASES
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.phases import PENDING, Done, Item, Need
 from apex_quant.pipeline.proof import require_proven
@@ -16,7 +17,7 @@ from apex_quant.pipeline.steps_checks import evaluate_items, evaluate_unused
 from apex_quant.publishable import MOST_BYTES
 
 _CARD: Final = "card"
-"""Of the state: sha256 of the card as it was written."""
+"""Of the state: sha256 of the card as it was written, and of the one before it."""
 _CUT: Final = "shards"
 """Of the state: by name of a file that is published in shards, what those were cut from."""
 _HEADER: Final = 1_000_000_000
@@ -32,8 +33,8 @@ def report_unused(context: Context) -> str | None:
 def report_items(context: Context) -> list[Item]:
     given = context.config.report
     inputs = {}
-    for item in evaluate_items(context):
-        inputs[f"results of {item.name}"] = context.artifact("evaluate", "results", item.name).digest
+    for name in _reported(context):
+        inputs[f"results of {name}"] = context.artifact("evaluate", "results", name).digest
     for spec in context.config.baselines:
         inputs[f"baseline {spec}"] = context.artifact("baselines", "results", spec).digest
     config = context.config
@@ -44,6 +45,15 @@ def report_items(context: Context) -> list[Item]:
         "base_model": config.source if config.is_hub else None,
     }
     return [Item("", parameters, inputs)] if inputs else []
+
+
+def _reported(context: Context) -> list[str]:
+    """The files with results, of a run that measures none; else all, and who has none is missed."""
+    names = [item.name for item in evaluate_items(context)]
+    if "evaluate" in context.config.phases.selected():
+        return names
+    measured = [name for name in names if context.record("evaluate", name) is not None]
+    return measured or names
 
 
 def report_claims(context: Context, item: Item) -> Iterable[Path]:
@@ -58,6 +68,9 @@ def report_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         folder = context.release / "report"
         family, formats = tuple(item.parameters["family"]), tuple(item.parameters["formats"])
         made = report([context.release / "results"], folder, family=family, formats=formats)
+        unmeasured = [one.name for one in evaluate_items(context) if one.name not in _reported(context)]
+        if unmeasured:
+            context.note("report", f"without {', '.join(unmeasured)}: not measured, and evaluation is left out")
         for missing in made.missing:
             context.note("report", missing)
         paths = [*made.paths.values(), _card(context, item)]
@@ -68,20 +81,25 @@ def _card(context: Context, item: Item) -> Path:
     """The model card; one that somebody has edited stays, and the new one goes beside the report."""
     from apex_quant.report.card import card
 
-    about, target = context.state.about, context.release / "README.md"
-    edited = target.exists() and context.state.sha256(target) != about.get(_CARD)
+    state, target = context.state, context.release / "README.md"
+    there = state.sha256(target) if target.exists() else None
+    known = state.about.get(_CARD, [])
+    edited = there is not None and there not in ([known] if isinstance(known, str) else known)
     if edited:
         target = context.release / "report" / "README.md"
         context.note("report", f"README.md was edited and stays as it is; the new card is {target}")
-    card(
+    made = card(
         context.release,
-        target,
+        target if edited else target.with_name(f".{target.name}.new"),
         base_model=item.parameters["base_model"],
         repo=item.parameters["repo"],
         family=item.parameters["family"],
     )
     if not edited:
-        about[_CARD] = context.state.sha256(target)
+        # whichever of the two a run that ends here leaves, it is known as ours
+        state.about[_CARD] = [*([there] if there else []), state.sha256(made)]
+        state.save()
+        made.replace(target)
     return target
 
 
@@ -101,13 +119,15 @@ def publish_items(context: Context) -> list[Item]:
         "upload": context.yes and not given.dry_run,
     }
     if context.pending:
-        waiting = sorted({phase for phase, _ in context.pending})[-1]
+        waiting = max((phase for phase, _ in context.pending), key=PHASES.index)
         return [Item("", parameters, {"files": f"{PENDING}{waiting}"})]
+    # shards that this phase cuts follow from the whole
+    cut = {name for one in context.state.about.get(_CUT, {}).values() for name in one["files"]}
     files = [
         path
         for path in sorted(context.release.rglob("*"))
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_PUBLISHED)
-        # shards that this phase cuts follow from the whole
+        if path.name not in cut
         if not ((shard := SHARD_NAME.fullmatch(path.name)) and path.with_name(f"{shard['prefix']}.gguf").exists())
     ]
     inputs = {str(path.relative_to(context.release)): context.state.sha256(path) for path in files}
@@ -148,22 +168,23 @@ def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
 def _split_large(context: Context) -> None:
     """Shards beside the models that are too large; publishable() then leaves the whole ones here.
 
-    Those of another file or size that an earlier upload had are deleted. Raises ResourceError for a full disk.
+    Those of another file or size that an earlier upload had are deleted, and those of a file that was moved away.
+    Raises ResourceError for a full disk.
     """
     most = context.config.publish.shards
     cut: dict[str, Any] = context.state.about.setdefault(_CUT, {})
-    for path in sorted(context.release.glob("*.gguf")):
-        if SHARD_NAME.fullmatch(path.name):
-            continue
-        size = path.stat().st_size
+    models = {path.name: path for path in _models(context)}
+    for name in sorted({*cut, *models}):
+        path = context.release / name
+        size = path.stat().st_size if name in models else 0
         wanted = {"sha256": context.state.sha256(path), "most": most} if size > most else {}
-        known = cut.get(path.name, {"files": []})
-        is_whole = all((context.release / name).exists() for name in known["files"])
+        known = cut.get(name, {"files": []})
+        is_whole = all((context.release / shard).exists() for shard in known["files"])
         if known == {**wanted, "files": known["files"]} and is_whole:
             continue
-        for name in known["files"]:
-            disk.clear(context.work, context.release / name)
-        cut.pop(path.name, None)
+        for shard in known["files"]:
+            disk.clear(context.work, context.release / shard)
+        cut.pop(name, None)
         if wanted:
             context.note("publish", f"{path.name} is over {most} bytes: split into shards")
             disk.require("publish", [Need(path.parent, size)])
@@ -171,3 +192,13 @@ def _split_large(context: Context) -> None:
             made = split(path, path.with_suffix(""), min(most, MOST_BYTES - _HEADER), force=True)
             cut[path.name] = {**wanted, "files": [file.name for file in made]}
         context.state.save()
+
+
+def _models(context: Context) -> list[Path]:
+    """The quantized files that are here in one piece: a projector or an importance matrix is no use in shards."""
+    found = []
+    for record in context.state.records.get("quantize", {}).values():
+        path = context.state.where(record.outputs["model"][0])
+        if len(record.outputs["model"]) == 1 and path.parent == context.release and path.exists():
+            found.append(path)
+    return found

@@ -14,7 +14,7 @@ from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.pipeline import steps_projector
-from apex_quant.pipeline.config import RunConfig
+from apex_quant.pipeline.config import Convert, RunConfig
 from apex_quant.pipeline.context import Context
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item
@@ -27,16 +27,16 @@ def source_items(context: Context) -> list[Item]:
 
 def _weights(context: Context) -> list[Item]:
     config = context.config
+    check_source(config)
     if config.is_hub:
         about = {"repo": config.source, "revision": config.revision, "files": config.source_files}
         return [Item("", {"kind": "hub", **about}, {})]
-    check_source(config)
     path = Path(config.source)
     if context.is_gguf:
         shards = _shards(path)
         context.announce_hashing("source", shards)
         digest = context.state.digest(shards)
-        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"shards": shards})]
+        return [Item("", {"kind": "gguf", "name": config.name}, {"model": digest}, {"given": shards})]
     inside = checkpoint_files(path, context.work)
     context.announce_hashing("source", inside)
     lines = [f"{one.relative_to(path)} {context.state.sha256(one)}" for one in inside]
@@ -46,12 +46,19 @@ def _weights(context: Context) -> list[Item]:
 def check_source(config: RunConfig) -> None:
     """Refuse a source on this disk that is none, by names and headers alone.
 
-    Raises UsageError for a revision of it, InputError for what is no model, and what describe() raises.
+    Raises UsageError for settings of another kind of source, InputError for what is no model, and what describe()
+    raises.
     """
+    if config.is_gguf and config.convert.mmproj is True:
+        raise UsageError(
+            "convert.mmproj: true makes the projector of a checkpoint, and the source is a GGUF",
+            hint="convert.mmproj=FILE or REPO:FILE takes a finished one",
+        )
     if config.is_hub:
         return
-    if config.revision is not None:
-        raise UsageError("a revision concerns a download, and the source is on this disk")
+    for given, what in ((config.revision, "a revision"), (config.source_files, "source_files")):
+        if given is not None:
+            raise UsageError(f"{what} concerns a download, and the source is on this disk")
     path = Path(config.source)
     if not path.exists():
         raise InputError(
@@ -63,6 +70,14 @@ def check_source(config: RunConfig) -> None:
     if not path.is_dir():
         raise InputError(f"{path}: neither a GGUF nor a checkpoint's folder", hint="a GGUF file ends in .gguf")
     _described(path)
+
+
+def unused_settings(config: RunConfig) -> list[str]:
+    """A line for settings of `convert` that decide nothing, for nothing is converted."""
+    default = Convert().model_dump()
+    other = [f"convert.{key}" for key, value in config.convert.model_dump().items() if value != default[key]]
+    ignored = [name for name in other if name != "convert.mmproj"]  # a finished projector is taken from there
+    return [f"the source is a GGUF: {', '.join(ignored)} not used"] if ignored and config.is_gguf else []
 
 
 def source_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
@@ -83,7 +98,7 @@ def source_claims(context: Context, item: Item) -> Iterable[Path]:
     """Links under the run's own name."""
     if item.parameters["kind"] == steps_projector.NAME:
         return [steps_projector.published(context)]
-    return [] if item.parameters["kind"] != "gguf" else _links(context, item.about["shards"])
+    return [] if item.parameters["kind"] != "gguf" else _links(context, item.about["given"])
 
 
 def _shards(path: Path) -> list[Path]:
@@ -105,7 +120,7 @@ def _links(context: Context, shards: Sequence[Path]) -> list[Path]:
 
 
 def _gguf(context: Context, item: Item) -> Done:
-    shards = list(item.about["shards"])
+    shards = list(item.about["given"])
     links = _links(context, shards)
     for shard, link in zip(shards, links, strict=bool(links)):
         symlink(shard, link)
@@ -221,7 +236,8 @@ def convert_unused(context: Context) -> str | None:
 def convert_items(context: Context) -> list[Item]:
     given = context.config.convert
     digest = {"checkpoint": context.artifact("source", "files").digest}
-    shared = {"pre": given.pre, "trust_remote_code": given.trust_remote_code, "name": _title(context)}
+    shared = {"file": context.name, "pre": given.pre, "trust_remote_code": given.trust_remote_code,
+              "name": _title(context)}  # fmt: skip
     items = [Item("", {**shared, "outtype": given.outtype, "nextn": given.nextn}, digest)]
     if given.mmproj is True or (given.mmproj == "auto" and context.facts("source").get("projector")):
         items.append(Item(steps_projector.NAME, {**shared, "outtype": given.outtype}, digest))
@@ -242,7 +258,7 @@ def convert_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
     given = context.config.convert
     for item in items:
         (out,) = convert_claims(context, item)
-        facts: dict[str, Any] = {}
+        facts = context.noted("convert", item)
         if not out.exists():  # another key's file was cleared away: this one is complete, the run ended after it
             made = convert(
                 folder,
@@ -257,6 +273,7 @@ def convert_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
                 progress=context.tell,
             )
             facts = {"converter": made.converter, "outtype": made.outtype, "warnings": list(made.warnings)}
+            context.keep_note("convert", item, facts)
         yield Done(item, {"model": [out]}, facts)
 
 
