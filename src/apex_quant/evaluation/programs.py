@@ -36,6 +36,7 @@ class Program:
         """Raises ResourceError when not even the guard can be started."""
         self.name, self._log = name, log
         self._lines: deque[str] = deque(maxlen=_LINES)
+        self._strangers: list[int] = []  # that were seen at its port
         try:
             self._guard = subprocess.Popen(
                 [sys.executable, guard.__file__, *command],
@@ -95,7 +96,10 @@ class Program:
 
     def answers(self, host: str, port: int, path: str) -> bool:
         """Whether it runs, it is what listens at that port, and a GET of `path` there is answered by 200."""
-        if self.status is not None or not _listens(self._guard.pid, port):
+        if self.status is not None:
+            return False
+        self._strangers = _strangers(self._guard.pid, port)
+        if self._strangers:
             return False
         connection = http.client.HTTPConnection(host, port, timeout=_ANSWER)
         try:
@@ -126,9 +130,12 @@ class Program:
                     hint=hint,
                 )
             if clock() >= end:
+                others = ", ".join(map(str, self._strangers))
                 raise ResourceError(
                     f"{self.name} did not serve {model} within {deadline:g} s; its last line: {self.last()}",
-                    hint="a larger model needs a longer deadline",
+                    hint=f"process {others}, which it did not start, listens at its port"
+                    if others
+                    else "a larger model needs a longer deadline",
                 )
             time.sleep(PAUSE)
 
@@ -137,42 +144,36 @@ class Program:
         return self._lines[-1] if self._lines else "nothing"
 
 
-def _listens(pid: int, port: int) -> bool:
-    """Whether that process, or one that it has started, listens at the port: somebody else may have taken it meanwhile,
-    and answer. Linux alone tells; elsewhere, and of a process that may not be looked into, it is taken for granted."""
-    table = Path("/proc/net/tcp")
-    if not table.exists():
-        return True
-    with contextlib.suppress(OSError):
-        rows = [line.split() for one in (table, Path("/proc/net/tcp6")) if one.exists() for line in _rows(one)]
-        listening = {f"socket:[{row[9]}]" for row in rows if row[3] == _LISTEN and int(row[1][-4:], 16) == port}
-        return any(_holds(one, listening) for one in _family(pid))
-    return True
+def _strangers(pid: int, port: int) -> list[int]:
+    """Processes that listen at the port and are neither `pid` nor of its descent: somebody else may have taken it, and
+    answer. None where the listener is not known: Linux alone tells, and only of processes that may be looked into."""
+    tables = [path for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
+    rows = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
+    sockets = {f"socket:[{row[9]}]" for row in rows if row[3] == _LISTEN and int(row[1][-4:], 16) == port}
+    listeners = [one for one in _processes() if _holds(one, sockets)] if sockets else []
+    return [] if any(pid in _line(one) for one in listeners) else listeners
 
 
-def _rows(table: Path) -> list[str]:
-    return table.read_text().splitlines()[1:]
+def _processes() -> Iterator[int]:
+    return (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
 
 
-def _family(pid: int) -> Iterator[int]:
-    """A process, and all that come of it and still run."""
-    yield pid
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for child in path.read_text().split():
-                yield from _family(int(child))
+def _line(pid: int) -> Iterator[int]:
+    """A process, its parent, and so on."""
+    while pid > 1:
+        yield pid
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            return
 
 
 def _holds(pid: int, sockets: Collection[str]) -> bool:
-    """Raises PermissionError for a process that may not be looked into."""
-    try:
-        links = list(Path(f"/proc/{pid}/fd").iterdir())
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    for link in links:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if str(link.readlink()) in sockets:
-                return True
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()) in sockets:
+                    return True
     return False
 
 
