@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from apex_quant.allocation.kept import KeptLogits
 from apex_quant.allocation.pace import Pace
 from apex_quant.allocation.patches import Disturber, Sums, Weights
 from apex_quant.errors import ApexError, InputError
-from apex_quant.evaluation.scores import scorer
+from apex_quant.evaluation.scores import NotFinite, scorer
 from apex_quant.evaluation.steps import Batching, Plan, plan_texts
 from apex_quant.evaluation.watch import Routing, Watcher, watcher
 from apex_quant.gguf import GGUFModel, ggml_type, open_model
@@ -176,17 +176,26 @@ class Job:
         self.pace.pass_seconds = probing.seconds
         self._file(probing, stop)
         costs = [self._amounts(probe) for probe in todo]
-        order, done = self._order(todo, costs), 0
+        order, done, broken = self._order(todo, costs), 0, list[Json]()
         for place, number in enumerate(order):
             expected = self.pace.of(costs[number])
             if self.left is not None and done and expected > self.left:
                 continue  # a smaller one may still have room
             ahead = sum(self.pace.of(costs[one]) for one in order[place:])
             self._tell("probes", self.resumed + done, len(self.probes), self.resumed, ahead)
-            row = self._probe(todo[number], probing, stop)
+            done += 1
+            try:
+                row = self._probe(todo[number], probing, stop)
+            except NotFinite:  # not kept: the same call says it again, for the price of one probe
+                broken.append(todo[number])
+                continue
             self.pace.learn(costs[number], row["seconds"])
             self.journal.add(row)
-            done += 1
+        if broken:
+            self.notes.append(
+                f"{len(broken)} probes were left out, since the disturbed model gives logits that are NaN or infinite: "
+                + _names(f"{one['group']} {one['kind']}".strip() for one in broken)
+            )
         return {
             "errors": errors,
             "complete": done == len(todo),
@@ -315,6 +324,11 @@ class Job:
     def _tell(self, what: str, done: int, planned: int, resumed: int, left: float | None) -> None:
         self.emit({"event": "progress", "what": what, "done": done, "planned": planned, "resumed": resumed,
                    "tokens": self.spent, "left": left})  # fmt: skip
+
+
+def _names(names: Iterable[str], most: int = 3) -> str:
+    every = list(names)
+    return ", ".join(every[:most]) + (", ..." if len(every) > most else "")
 
 
 def _shorter(plan: Plan, chunks: int) -> Plan:
