@@ -53,9 +53,16 @@ class Loop:
             return best
         taken: dict[str, float] = {}  # exchanges that were shown to help are kept in the next ones
         types = {name: kind.name for name, kind in best.file.types.items()}
-        for label, factors in exchanges(self.space, types, self.steps):
-            tried = {**taken, **{name: factor * taken.get(name, 1.0) for name, factor in factors.items()}}
-            one = self._measure({label: self._of(reweighted(self.space, tried))})[0]
+        base = self.problem_of(best.file)[0]  # siblings that were parted stay parted
+        left = self.steps
+        for label, factors in exchanges(base, types):
+            if left == 0:
+                break
+            if factors.keys() & taken.keys():
+                continue  # the way back from what was shown to help
+            left -= 1
+            tried = {**taken, **factors}
+            one = self._measure({label: self._of(reweighted(base, tried))})[0]
             if shown_lower(one, best):
                 best, taken = one, tried
             self._drop_all_but(best)
