@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -28,9 +30,11 @@ from apex_quant.allocation.groups import (
 )
 from apex_quant.allocation.journal import Journal, read_journal
 from apex_quant.allocation.measure import MeasureProgress, measure
+from apex_quant.allocation.probe_job import Job
 from apex_quant.allocation.sensitivity import Joint, Sensitivities
 from apex_quant.cli.measure import MeasureBar, parse_time, show_sensitivities
 from apex_quant.errors import BusyError, InputError, UsageError
+from apex_quant.evaluation.scores import NotFinite
 from apex_quant.gguf import open_model
 from apex_quant.recipe.planned import PlanOptions
 from apex_quant.text import heldout, render
@@ -348,3 +352,72 @@ def test_what_is_shown(measured: Sensitivities, tmp_path: Path, capsys: pytest.C
         bar._last_line -= 1000
         bar(MeasureProgress("probes", 3, 9, 1, 100, 12.0))
     assert "probes: 3 of 9 (1 from an earlier run), ETA 12 s" in capsys.readouterr().err
+
+
+class Named(Exception):
+    """Raised instead of measuring."""
+
+
+def spec_of(text: Path, **changed: Any) -> str:
+    """The hash by which a measurement is known."""
+
+    def out(spec: str) -> Path:
+        raise Named(spec)
+
+    with pytest.raises(Named) as caught:
+        run(out, text, **changed)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_a_name_for_each_measurement(text: Path) -> None:
+    """What changes the numbers changes the name of a file that is named by them; a budget and threads do not, nor does
+    the case in which types are written."""
+    first = spec_of(text)
+    assert spec_of(text, budget=60.0, options=SessionOptions(threads=2), types=[KIND.lower()]) == first
+    others = {
+        spec_of(text, tokens=5 * CTX), spec_of(text, options=SessionOptions(flash_attention="off")),
+        spec_of(text, candidates=["Q8_0", KIND, "Q4_K"]), spec_of(text, seed=1, joint=2),
+        spec_of(text, seed=2, joint=2),
+    }  # fmt: skip
+    assert len(others | {first}) == 6
+
+
+def test_a_probe_without_numbers_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It neither ends the measurement nor stands in the journal."""
+    job: Any = object.__new__(Job)
+    job.payload = {"batching": {"sequences": 1, "tokens": 16}}
+    job.journal = Journal(tmp_path / "j", "spec")
+    job.journal.add({"chunks": 1})
+    job.probes = [{"key": name, "group": name, "kind": KIND, "joint": False, "types": {}} for name in "abc"]
+    job.budget, job.started, job.resumed, job.spent, job.notes = None, 0.0, 0, 0, []
+    job.disturber = job.source = None
+    job.patcher, job.session = SimpleNamespace(names=["a"]), SimpleNamespace(threads=1)
+    job.emit = lambda _: None
+    kept = SimpleNamespace(whole=True, kept=1, rest=0.0)
+
+    def probe(one: dict[str, Any], *_: Any) -> dict[str, Any]:
+        if one["key"] == "b":
+            raise NotFinite(0, "the model")
+        return {"key": one["key"], "kld": 1.0, "seconds": 1.0}
+
+    for name, stand_in in (
+        ("_text", lambda: None),
+        ("errors", lambda _: {}),
+        ("_prepare", lambda *_: SimpleNamespace(seconds=1.0, kept=kept)),
+        ("_file", lambda *_: None),
+        ("_probe", probe),
+    ):
+        monkeypatch.setattr(Job, name, staticmethod(stand_in))
+    found = job.run(threading.Event())
+    assert found["complete"]
+    assert len(found["notes"]) == 1
+    assert "1 probes were left out" in found["notes"][0]
+    assert f"b {KIND}" in found["notes"][0]
+    assert set(read_journal(tmp_path / "j", "spec")[1]) == {"a", "c"}
+
+
+def test_a_journal_with_a_probe_without_numbers(tmp_path: Path) -> None:
+    """As one was written before: the rest is not lost."""
+    rows = ({"spec": "s", "chunks": 1}, {"key": "a", "kld": 1.0}, {"key": "b", "kld": float("nan")})
+    (tmp_path / "j").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(read_journal(tmp_path / "j", "s")[1]) == {"a"}

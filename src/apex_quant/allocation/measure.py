@@ -83,7 +83,7 @@ Report = Callable[[MeasureProgress], None]
 def measure(
     model: str | Path,
     *,
-    out: str | Path = "sensitivity.json",
+    out: str | Path | Callable[[str], Path] = "sensitivity.json",
     imatrix: str | Path | None = None,
     fill: str = "prior",
     tokens: int = TOKENS,
@@ -105,28 +105,31 @@ def measure(
 ) -> Sensitivities:
     """Measure the sensitivities of `model`, its errors in `candidates`, and write them to `out`.
 
-    `imatrix`, `fill`: as quantize() will be given; without a matrix, types that need one are left out. `tokens`: of
-    text in each probe. `groups`: 'tensor', or some of role, part and layer: 'role,layer' quantizes all routed experts
-    of a layer together. `types`: in which every group is probed. `joint`: so many random recipes of the whole model
-    are measured too. `noise`: random matrices of rank 32 of the same error instead of the encoder's own blocks.
-    `loaded`: another file of the same model (a Q8_0 one), which is disturbed instead where the model itself does not
-    fit into memory; weights are read from `model` all the same. `text`: files, instead of the built-in probe text.
-    `budget` in seconds takes fewer rows for errors, then shortens the text, then leaves out probes; what is missing is
-    estimated from other layers. `rounding`: also measure a Q8_0 file, which is made beside `out` and removed: what the
-    backend's rounding of activations costs, which no probe sees; left out where it would take too much room or time, or
-    with `loaded`. `resume`: UsageError unless there is an interrupted run of this measurement; a run of another one
-    under the same name is not discarded without `force`.
+    `out` may be a function: of the hash of everything that decides the numbers, so that each measurement has a file
+    of its own. `imatrix`, `fill`: as quantize() will be given; without a matrix, types that need one are left out.
+    `tokens`: of text in each probe. `groups`: 'tensor', or some of role, part and layer: 'role,layer' quantizes all
+    routed experts of a layer together. `types`: in which every group is probed. `joint`: so many random recipes of
+    the whole model are measured too. `noise`: random matrices of rank 32 of the same error instead of the encoder's
+    own blocks. `loaded`: another file of the same model (a Q8_0 one), which is disturbed instead where the model
+    itself does not fit into memory; weights are read from `model` all the same. `text`: files, instead of the
+    built-in probe text. `budget` in seconds takes fewer rows for errors, then shortens the text, then leaves out
+    probes; what is missing is estimated from other layers. `rounding`: also measure a Q8_0 file, which is made
+    beside `out` and removed: what the backend's rounding of activations costs, which no probe sees; left out where
+    it would take too much room or time, or with `loaded`. `resume`: UsageError unless there is an interrupted run
+    of this measurement; a run of another one under the same name is not discarded without `force`.
 
     Raises UsageError, InputError, ResourceError (BusyError while another process measures into `out`) or NativeError;
     finished probes are kept, and the same call goes on from there.
     """
-    out, started = Path(out), time.monotonic()
+    started = time.monotonic()
     if fill not in RULES:
         raise UsageError(f"no rule of filling is called {fill!r}.{did_you_mean(fill, list(RULES))}")
     if tokens < ctx or joint < 0 or (budget is not None and budget <= 0):
         raise UsageError(
             f"{tokens} tokens, {joint} joint probes: at least one context of {ctx} tokens, and none below 0"
         )
+    # names are read in any case, and compared as they are written in files
+    types, candidates = (list(dict.fromkeys(ggml_type(one).name for one in names)) for names in (types, candidates))
     problem = library_info().problem
     if problem:
         raise ResourceError(f"{problem}, so nothing can be run", hint="`apex doctor` says how to get it")
@@ -151,6 +154,7 @@ def measure(
             "rounding": rounding,
         }
         spec = _spec(opened, probed, matrix, asked, run_options)
+        out = out(spec) if callable(out) else Path(out)
         if (found := _finished(out, spec, opened, force)) is not None:
             return found
         child = held.enter_context(Child(WORKER))
@@ -214,6 +218,7 @@ def measure(
                 "spec": spec, "complete": result["complete"], "tokens": tokens, "ctx": ctx, "groups": groups,
                 "types": list(types), "joint": joint, "noise": noise, "seed": seed, "fill": asked["prior"],
                 "library": library_info().version, "threads": result["threads"], "kept_logits": result["kept"],
+                "texts": read.parts, "heldout_runs": read.heldout,
             }
         )  # fmt: skip
         made.save(out)
