@@ -16,8 +16,9 @@ STEPS: Final = 4
 TOO_LOW: Final = 0.35
 TOO_HIGH: Final = 0.15
 """Prediction and truth disagree when the measured interval is further above or below the prediction than this, or when
-another candidate won. Of many noisy costs the solver takes those that came out too low: the truth of optima was 1.26 to
-1.32 times the prediction (docs/method.md), which says nothing against a recipe."""
+another candidate won. Of many noisy costs the solver takes those that came out too low: the truth of optima was 1.10 to
+1.24 times the prediction (docs/method.md), and up to 1.33 times in the tables of benchmarks/RESULTS.md from before
+rounding was predicted, but for the least divergences; which says nothing against a recipe."""
 
 
 class Loop:
