@@ -18,7 +18,8 @@ from gguf.quants import quantize as quantize_rows
 from rich.console import Console
 
 from apex_quant import SessionOptions, embedded_model, evaluate, quantize
-from apex_quant.allocation import sensitivity
+from apex_quant.allocation import groups, sensitivity
+from apex_quant.allocation.errors_table import SAMPLE
 from apex_quant.allocation.groups import (
     GroupPlan,
     fitting,
@@ -29,13 +30,16 @@ from apex_quant.allocation.groups import (
     spread_out,
 )
 from apex_quant.allocation.journal import Journal, read_journal
-from apex_quant.allocation.measure import MeasureProgress, measure
+from apex_quant.allocation.measure import MeasureProgress, _file, measure
+from apex_quant.allocation.pace import Pace
+from apex_quant.allocation.patches import Sums
 from apex_quant.allocation.probe_job import Job
 from apex_quant.allocation.sensitivity import Joint, Sensitivities
 from apex_quant.cli.measure import MeasureBar, parse_time, show_sensitivities
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.evaluation.scores import NotFinite
 from apex_quant.gguf import open_model
+from apex_quant.native.worker import Stopped
 from apex_quant.recipe.planned import PlanOptions
 from apex_quant.text import heldout, render
 
@@ -169,6 +173,7 @@ def test_rounding_is_that_of_a_file(measured: Sensitivities, text: Path, tmp_pat
 
     def stop(event: MeasureProgress) -> None:
         if event.what == "probes":
+            assert not (tmp_path / "s.json.q8_0.gguf").exists()  # the rest may take hours
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -421,3 +426,69 @@ def test_a_journal_with_a_probe_without_numbers(tmp_path: Path) -> None:
     rows = ({"spec": "s", "chunks": 1}, {"key": "a", "kld": 1.0}, {"key": "b", "kld": float("nan")})
     (tmp_path / "j").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert set(read_journal(tmp_path / "j", "s")[1]) == {"a"}
+
+
+def test_experts_of_a_large_model_are_drawn_from_fast_types(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far down the ladder as others are; and it is another measurement."""
+    with open_model(embedded_model()) as model:
+        names = list(quantizable(model))
+        before = joint_probes(model, names, 8, names, 0)
+        spec = spec_of(text, joint=2)
+        monkeypatch.setattr(groups, "FAST_ABOVE", 1000)
+        after = joint_probes(model, names, 8, names, 0)
+        assert groups.experts_ladder(model, names) == groups.FAST
+    assert spec_of(text, joint=2) != spec
+    experts = {probe.types[name] for probe in after for name in names if "_exps" in name}
+    assert experts == set(groups.FAST)
+    for one, other in zip(before, after, strict=True):
+        assert {n: k for n, k in one.types.items() if "_exps" not in n} == {
+            n: k for n, k in other.types.items() if "_exps" not in n
+        }
+        for name in names:
+            if "_exps" in name:  # the nearest of as many steps
+                steps = groups.LADDER.index(one.types[name]) / 7, groups.FAST.index(other.types[name]) / 4
+                assert abs(steps[0] - steps[1]) < 1 / 14 + 1 / 8
+
+
+def test_a_joint_probe_says_how_far_its_encoding_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stops in the middle of it."""
+    job: Any = object.__new__(Job)
+    told: list[float] = []
+    stop = threading.Event()
+    job.emit = lambda event: told.append(event["left"])
+    job.pace, job.resumed, job.probes, job.spent = Pace({"Q3_K": 0.01, "IQ2_S": 0.1}), 0, [], 0
+    job.source = SimpleNamespace(tensors={name: SimpleNamespace(n_elements=10) for name in "ab"})
+    job.loaded = SimpleNamespace(tensors={name: SimpleNamespace(type="BF16") for name in "ab"})
+    job.patcher = SimpleNamespace(restore=lambda _: None)
+    job.disturber = SimpleNamespace(write=lambda *_, **__: Sums(1, 1, 1, 1))
+    monkeypatch.setattr(Job, "_weights", lambda *_: None)
+    probing: Any = SimpleNamespace(compare=lambda _: {"kld": 1.0}, plan=SimpleNamespace(tokens=np.zeros(4)))
+    probe = {"key": "j", "group": "j", "kind": "", "joint": True, "noise": False, "types": {"a": "Q3_K", "b": "IQ2_S"}}
+    tell = job._telling(0, 10.0)
+    tell({})
+    assert job._probe(probe, probing, stop, tell)["kld"] == 1.0
+    assert told == pytest.approx([10.0, 9.9, 8.9])
+    stop.set()
+    with pytest.raises(Stopped):
+        job._probe(probe, probing, stop, tell)
+
+
+def test_a_file_that_does_not_fit_beside_the_model_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OOM kill would come again with each run."""
+    notes: list[str] = []
+    with open_model(embedded_model()) as model:
+        size = sum(info.nbytes for info in model.tensors.values())
+        monkeypatch.setattr("apex_quant.allocation.measure.available_bytes", lambda: size)
+        assert _file(model, tmp_path / "q8.gguf", None, ONE, notes) is None
+    assert "of memory" in notes[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_rows_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    job: Any = object.__new__(Job)
+    job.payload, job.notes, job.budget, job.started = {"errors": {}}, [], None, 0.0
+    job._weights = job.disturber = None
+    for least, count in ((SAMPLE, 0), (SAMPLE // 2, 1)):
+        monkeypatch.setattr("apex_quant.allocation.probe_job.error_table", lambda *_, least=least, **__: ({}, least))
+        assert job.errors(threading.Event()) == {}
+        assert len(job.notes) == count

@@ -28,6 +28,7 @@ from apex_quant.allocation.groups import (
     JOINT,
     PROBES,
     ProbePlan,
+    experts_ladder,
     joint_probes,
     make_groups,
     quantizable,
@@ -38,6 +39,7 @@ from apex_quant.allocation.journal import ROUNDING, is_of_another, read_journal
 from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.allocation.texts import read_texts
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
+from apex_quant.evaluation.bandwidth import available_bytes
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.reference import vocabulary_size
 from apex_quant.evaluation.steps import Batching
@@ -199,7 +201,7 @@ def measure(
         file = out.with_name(f"{out.name}.{_FILE.lower()}.gguf")
         held.callback(file.unlink, missing_ok=True)  # one that a killed run left, too
         if rounding and ROUNDING not in read_journal(journal, spec)[1]:
-            payload["rounding"] = _file(opened, file, budget, run_options.threads, notes)
+            payload["rounding"] = _file(opened, file, budget, run_options, notes)
         if budget is not None:
             payload["budget"] = budget - (time.monotonic() - started)
         result = child.run(f"{WORKER}:run", payload, on_event, step=f"measuring {opened.path.name}", pass_fds=[lock])
@@ -218,6 +220,7 @@ def measure(
                 "spec": spec, "complete": result["complete"], "tokens": tokens, "ctx": ctx, "groups": groups,
                 "types": list(types), "joint": joint, "noise": noise, "seed": seed, "fill": asked["prior"],
                 "library": library_info().version, "threads": result["threads"], "kept_logits": result["kept"],
+                "joint_experts": list(experts_ladder(opened, list(plan.errors))),
                 "texts": read.parts, "heldout_runs": read.heldout,
             }
         )  # fmt: skip
@@ -283,7 +286,7 @@ def _batching(ctx: int, vocabulary: int, model_bytes: int) -> Batching:
     return Batching(sequences, max(sequences, min(tokens, ctx * sequences)))
 
 
-def _file(model: GGUFModel, path: Path, budget: float | None, threads: int | None, notes: list[str]) -> str | None:
+def _file(model: GGUFModel, path: Path, budget: float | None, options: SessionOptions, notes: list[str]) -> str | None:
     """Make a uniform Q8_0 file of the model. None, and a note, where it costs too much."""
     weights = sum(info.n_elements for info in model.tensors.values())
     needed, free = int(weights * ggml_type(_FILE).bpw / 8), shutil.disk_usage(path.parent).free
@@ -294,9 +297,17 @@ def _file(model: GGUFModel, path: Path, budget: float | None, threads: int | Non
     if needed > free - _SPARE:
         notes.append(f"{said}a {_FILE} file takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         return None
+    # it is run while the model itself stays loaded, unmapped; on a GPU a lack of room is an error that is noted
+    both, available = needed + sum(info.nbytes for info in model.tensors.values()), available_bytes()
+    if options.gpu_layers == 0 and available is not None and both > available:
+        notes.append(
+            f"{said}the model and a {_FILE} file take {both / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are "
+            "available"
+        )
+        return None
     with Child(_FILE_WORKER) as child:
         child.run(
-            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": threads},
+            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": options.threads},
             lambda _: None, step=f"making a {_FILE} file of {model.path.name}",
         )  # fmt: skip
     return str(path)
