@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -144,3 +145,22 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     monkeypatch.setattr(errors_table, "cache_folder", lambda: Path("/proc/nowhere"))
     assert errors_of(Weights(model, model.tensors[DENSE], None), [ggml_type("Q4_0")], disturber)["Q4_0"]["relative"] > 0
+
+
+def test_a_row_of_many_experts() -> None:
+    """Of 256 experts with long rows: as many of them as there are rows, and not the same row of each."""
+    weights: Any = SimpleNamespace(n=2048, rows=256 * 512, rows_per_slice=512)
+    rows = np.array(sample(weights, errors_table.SAMPLE))
+    assert len(rows) == 32
+    assert len(set(rows // 512)) == 32
+    assert len(set(rows % 512)) > 20
+
+
+def test_how_few_rows_there_were(model: GGUFModel, disturber: Disturber) -> None:
+    kinds = {name: [ggml_type("Q4_0")] for name in (DENSE, EXPERTS)}
+    for seconds, least in ((None, errors_table.SAMPLE), (1e-9, errors_table._LEAST)):
+        found = errors_table.error_table(
+            kinds, lambda name: Weights(model, model.tensors[name], None), disturber, lambda *_: None, seconds=seconds
+        )
+        assert set(found[0]) == set(kinds)
+        assert found[1] == least

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 from apex_quant.allocation import kept
 from apex_quant.allocation.kept import KeptLogits
 from apex_quant.errors import InputError
-from apex_quant.evaluation.scores import Scorer
+from apex_quant.evaluation.scores import NotFinite, Scorer
 
 RNG = np.random.default_rng(5)
 ROWS, VOCABULARY = 300, 5000
@@ -58,3 +58,19 @@ def test_not_finite(most_bytes: int) -> None:
     broken[3, 7] = np.nan
     with pytest.raises(InputError, match="NaN"):
         KeptLogits(ROWS, VOCABULARY, Scorer(), most_bytes=most_bytes).add(broken)
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 30, 1])
+def test_a_broken_probe_is_no_measurement(most_bytes: int) -> None:
+    """In either form; and a token that is never said is no such thing."""
+    one = KeptLogits(ROWS, VOCABULARY, Scorer(), most_bytes=most_bytes)
+    one.add(REFERENCE)
+    for value in (np.nan, np.inf):
+        broken = TEST.copy()
+        broken[3, 7] = value
+        with pytest.raises(NotFinite) as caught:
+            one.divergence(0, broken, TARGETS)
+        assert caught.value.row == 3
+    never = TEST.copy()
+    never[:, np.argmin(REFERENCE.sum(axis=0))] = -np.inf
+    assert np.isfinite(one.divergence(0, never, TARGETS)).all()

@@ -11,7 +11,9 @@ import pytest
 
 from apex_quant.allocation import certificate as certificates
 from apex_quant.allocation import loop, optimize
+from apex_quant.allocation.exchange import exchanges, reweighted
 from apex_quant.allocation.space import Predicted
+from apex_quant.allocation.texts import ProbeTexts
 from apex_quant.allocation.validate import Candidate
 from tests.allocation.costs import drawn
 from tests.helpers.imatrix import random_imatrix
@@ -35,6 +37,7 @@ class Pretended:
     def __init__(self, folder: Path, truth: Truth) -> None:
         self.folder, self.truth = folder, truth
         self.about = {"text": {"name": "pretended", "sha256": ""}, "reference": {"name": "model"}}
+        self.texts = ProbeTexts("pretended", (), "")
         self.known: dict[str, Candidate] = {}
         self.encoded: list[str] = []
 
@@ -167,6 +170,46 @@ def test_the_chosen_file_is_kept_and_others_are_not(run: Any, tmp_path: Path) ->
 
 def test_agreement_measures_no_exchange(run: Any) -> None:
     """The interval of the optimum lies at its prediction."""
-    for off, exchanges in ((1.3, False), (1.4, True), (0.8, True)):
+    for off, exchanged in ((1.3, False), (1.4, True), (0.8, True)):
         _, validator = run(lambda _, file, off=off: off * file.predicted, bpw=4, steps=4, equal=["gate_up"])
-        assert any("bytes for" in one.name for one in validator.known.values()) is exchanges
+        assert any("bytes for" in one.name for one in validator.known.values()) is exchanged
+
+
+def test_exchanges_keep_siblings_apart_where_that_won(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are exchanges of the recipe that won, not of one that was given up."""
+    begun: list[tuple[str, ...]] = []
+
+    def watched(space: Any, factors: Any) -> Any:
+        begun.append(space.constraints.equal)
+        return reweighted(space, factors)
+
+    monkeypatch.setattr(loop, "reweighted", watched)
+    run(lambda name, _: 0.01 if name == "siblings apart" else 0.1, bpw=4, steps=2)
+    assert begun == [(), ()]
+
+
+def test_what_was_shown_to_help_is_not_undone(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the way back count as a step."""
+    labels: list[str] = []
+
+    def named(*given: Any) -> Any:
+        for label, factors in exchanges(*given):
+            labels.append(label)
+            yield label, factors
+
+    tried: list[int] = []
+
+    def counted(space: Any, factors: Any) -> Any:
+        tried.append(len(set(factors.values())))
+        return reweighted(space, factors)
+
+    monkeypatch.setattr(loop, "exchanges", named)
+    monkeypatch.setattr(loop, "reweighted", counted)
+    _, validator = run(
+        lambda name, _: 0.01 if name.startswith("more bytes") else 0.1, bpw=4, steps=3, equal=["gate_up"]
+    )
+    helped = next(one.name for one in validator.known.values() if one.name.startswith("more bytes"))
+    back = helped.replace("more", "fewer")
+    assert back in labels
+    assert back not in {one.name for one in validator.known.values()}
+    assert len(tried) == 3

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -16,7 +18,8 @@ from gguf.quants import quantize as quantize_rows
 from rich.console import Console
 
 from apex_quant import SessionOptions, embedded_model, evaluate, quantize
-from apex_quant.allocation import sensitivity
+from apex_quant.allocation import groups, sensitivity
+from apex_quant.allocation.errors_table import SAMPLE
 from apex_quant.allocation.groups import (
     GroupPlan,
     fitting,
@@ -27,11 +30,16 @@ from apex_quant.allocation.groups import (
     spread_out,
 )
 from apex_quant.allocation.journal import Journal, read_journal
-from apex_quant.allocation.measure import MeasureProgress, measure
+from apex_quant.allocation.measure import MeasureProgress, _file, measure
+from apex_quant.allocation.pace import Pace
+from apex_quant.allocation.patches import Sums
+from apex_quant.allocation.probe_job import Job
 from apex_quant.allocation.sensitivity import Joint, Sensitivities
 from apex_quant.cli.measure import MeasureBar, parse_time, show_sensitivities
 from apex_quant.errors import BusyError, InputError, UsageError
+from apex_quant.evaluation.scores import NotFinite
 from apex_quant.gguf import open_model
+from apex_quant.native.worker import Stopped
 from apex_quant.recipe.planned import PlanOptions
 from apex_quant.text import heldout, render
 
@@ -165,6 +173,7 @@ def test_rounding_is_that_of_a_file(measured: Sensitivities, text: Path, tmp_pat
 
     def stop(event: MeasureProgress) -> None:
         if event.what == "probes":
+            assert not (tmp_path / "s.json.q8_0.gguf").exists()  # the rest may take hours
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -348,3 +357,138 @@ def test_what_is_shown(measured: Sensitivities, tmp_path: Path, capsys: pytest.C
         bar._last_line -= 1000
         bar(MeasureProgress("probes", 3, 9, 1, 100, 12.0))
     assert "probes: 3 of 9 (1 from an earlier run), ETA 12 s" in capsys.readouterr().err
+
+
+class Named(Exception):
+    """Raised instead of measuring."""
+
+
+def spec_of(text: Path, **changed: Any) -> str:
+    """The hash by which a measurement is known."""
+
+    def out(spec: str) -> Path:
+        raise Named(spec)
+
+    with pytest.raises(Named) as caught:
+        run(out, text, **changed)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_a_name_for_each_measurement(text: Path) -> None:
+    """What changes the numbers changes the name of a file that is named by them; a budget and threads do not, nor does
+    the case in which types are written."""
+    first = spec_of(text)
+    assert spec_of(text, budget=60.0, options=SessionOptions(threads=2), types=[KIND.lower()]) == first
+    others = {
+        spec_of(text, tokens=5 * CTX), spec_of(text, options=SessionOptions(flash_attention="off")),
+        spec_of(text, candidates=["Q8_0", KIND, "Q4_K"]), spec_of(text, seed=1, joint=2),
+        spec_of(text, seed=2, joint=2),
+    }  # fmt: skip
+    assert len(others | {first}) == 6
+
+
+def test_a_probe_without_numbers_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It neither ends the measurement nor stands in the journal."""
+    job: Any = object.__new__(Job)
+    job.payload = {"batching": {"sequences": 1, "tokens": 16}}
+    job.journal = Journal(tmp_path / "j", "spec")
+    job.journal.add({"chunks": 1})
+    job.probes = [{"key": name, "group": name, "kind": KIND, "joint": False, "types": {}} for name in "abc"]
+    job.budget, job.started, job.resumed, job.spent, job.notes = None, 0.0, 0, 0, []
+    job.disturber = job.source = None
+    job.patcher, job.session = SimpleNamespace(names=["a"]), SimpleNamespace(threads=1)
+    job.emit = lambda _: None
+    kept = SimpleNamespace(whole=True, kept=1, rest=0.0)
+
+    def probe(one: dict[str, Any], *_: Any) -> dict[str, Any]:
+        if one["key"] == "b":
+            raise NotFinite(0, "the model")
+        return {"key": one["key"], "kld": 1.0, "seconds": 1.0}
+
+    for name, stand_in in (
+        ("_text", lambda: None),
+        ("errors", lambda _: {}),
+        ("_prepare", lambda *_: SimpleNamespace(seconds=1.0, kept=kept)),
+        ("_file", lambda *_: None),
+        ("_probe", probe),
+    ):
+        monkeypatch.setattr(Job, name, staticmethod(stand_in))
+    found = job.run(threading.Event())
+    assert found["complete"]
+    assert len(found["notes"]) == 1
+    assert "1 probes were left out" in found["notes"][0]
+    assert f"b {KIND}" in found["notes"][0]
+    assert set(read_journal(tmp_path / "j", "spec")[1]) == {"a", "c"}
+
+
+def test_a_journal_with_a_probe_without_numbers(tmp_path: Path) -> None:
+    """As one was written before: the rest is not lost."""
+    rows = ({"spec": "s", "chunks": 1}, {"key": "a", "kld": 1.0}, {"key": "b", "kld": float("nan")})
+    (tmp_path / "j").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(read_journal(tmp_path / "j", "s")[1]) == {"a"}
+
+
+def test_experts_of_a_large_model_are_drawn_from_fast_types(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far down the ladder as others are; and it is another measurement."""
+    with open_model(embedded_model()) as model:
+        names = list(quantizable(model))
+        before = joint_probes(model, names, 8, names, 0)
+        spec = spec_of(text, joint=2)
+        monkeypatch.setattr(groups, "FAST_ABOVE", 1000)
+        after = joint_probes(model, names, 8, names, 0)
+        assert groups.experts_ladder(model, names) == groups.FAST
+    assert spec_of(text, joint=2) != spec
+    experts = {probe.types[name] for probe in after for name in names if "_exps" in name}
+    assert experts == set(groups.FAST)
+    for one, other in zip(before, after, strict=True):
+        assert {n: k for n, k in one.types.items() if "_exps" not in n} == {
+            n: k for n, k in other.types.items() if "_exps" not in n
+        }
+        for name in names:
+            if "_exps" in name:  # the nearest of as many steps
+                steps = groups.LADDER.index(one.types[name]) / 7, groups.FAST.index(other.types[name]) / 4
+                assert abs(steps[0] - steps[1]) < 1 / 14 + 1 / 8
+
+
+def test_a_joint_probe_says_how_far_its_encoding_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stops in the middle of it."""
+    job: Any = object.__new__(Job)
+    told: list[float] = []
+    stop = threading.Event()
+    job.emit = lambda event: told.append(event["left"])
+    job.pace, job.resumed, job.probes, job.spent = Pace({"Q3_K": 0.01, "IQ2_S": 0.1}), 0, [], 0
+    job.source = SimpleNamespace(tensors={name: SimpleNamespace(n_elements=10) for name in "ab"})
+    job.loaded = SimpleNamespace(tensors={name: SimpleNamespace(type="BF16") for name in "ab"})
+    job.patcher = SimpleNamespace(restore=lambda _: None)
+    job.disturber = SimpleNamespace(write=lambda *_, **__: Sums(1, 1, 1, 1))
+    monkeypatch.setattr(Job, "_weights", lambda *_: None)
+    probing: Any = SimpleNamespace(compare=lambda _: {"kld": 1.0}, plan=SimpleNamespace(tokens=np.zeros(4)))
+    probe = {"key": "j", "group": "j", "kind": "", "joint": True, "noise": False, "types": {"a": "Q3_K", "b": "IQ2_S"}}
+    tell = job._telling(0, 10.0)
+    tell({})
+    assert job._probe(probe, probing, stop, tell)["kld"] == 1.0
+    assert told == pytest.approx([10.0, 9.9, 8.9])
+    stop.set()
+    with pytest.raises(Stopped):
+        job._probe(probe, probing, stop, tell)
+
+
+def test_a_file_that_does_not_fit_beside_the_model_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OOM kill would come again with each run."""
+    notes: list[str] = []
+    with open_model(embedded_model()) as model:
+        size = sum(info.nbytes for info in model.tensors.values())
+        monkeypatch.setattr("apex_quant.allocation.measure.available_bytes", lambda: size)
+        assert _file(model, tmp_path / "q8.gguf", None, ONE, notes) is None
+    assert "of memory" in notes[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_rows_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    job: Any = object.__new__(Job)
+    job.payload, job.notes, job.budget, job.started = {"errors": {}}, [], None, 0.0
+    job._weights = job.disturber = None
+    for least, count in ((SAMPLE, 0), (SAMPLE // 2, 1)):
+        monkeypatch.setattr("apex_quant.allocation.probe_job.error_table", lambda *_, least=least, **__: ({}, least))
+        assert job.errors(threading.Event()) == {}
+        assert len(job.notes) == count

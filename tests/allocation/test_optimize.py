@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from apex_quant import embedded_model, evaluate, quantize
+from apex_quant import SessionOptions, embedded_model, evaluate, quantize
 from apex_quant.allocation import certificate as certificates
 from apex_quant.allocation import sensitivity
 from apex_quant.allocation.choices import make_space
+from apex_quant.allocation.constraints import Constraints
 from apex_quant.allocation.cost import CostModel
-from apex_quant.allocation.exchange import exchanges, parted, smoothed
+from apex_quant.allocation.exchange import exchanges, kinds, parted, smoothed
+from apex_quant.allocation.frontier import frontier
 from apex_quant.allocation.inputs import moved, working_folder
 from apex_quant.allocation.optimize import measured_twin, optimize
+from apex_quant.allocation.texts import BUILTIN, VALIDATION, heldout_read, judged_by, read_texts, validation_texts
 from apex_quant.allocation.validate import Validator
-from apex_quant.cli.optimize import parse_context
+from apex_quant.cli.optimize import parse_context, show_optimized
 from apex_quant.errors import BusyError, InputError, UsageError
+from apex_quant.evaluation.make_reference import make_reference
 from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
 from apex_quant.recipe.plan import plan
@@ -311,8 +319,8 @@ def test_variants_and_exchanges_are_of_equal_size(folder: Path) -> None:
             assert other.fit(size).plan.total_bytes <= size
         again = space.predicted(smoothed(space).fit(size).plan)
         assert again.predicted >= best.predicted * (1 - 1e-9)
-        moves = list(exchanges(space, {name: str(kind) for name, kind in best.types.items()}, 4))
-        assert len(moves) == 4
+        moves = list(exchanges(space, {name: str(kind) for name, kind in best.types.items()}))
+        assert len(moves) > 4
         assert moves[0][0].startswith("more")
         assert moves[1][0].startswith("fewer")
 
@@ -358,3 +366,125 @@ def test_measured_twin(folder: Path, tmp_path: Path) -> None:
     assert made.output.name == "Tiny-APEX-I-Compact-Measured.gguf"
     size = plan(folder / "Tiny-BF16.gguf", "i-compact", imatrix=folder / "imatrix.gguf").total_bytes
     assert made.output.stat().st_size <= size
+
+
+def test_smoothing_knows_only_what_was_measured(folder: Path) -> None:
+    """Tensors that no probe reached have their like's costs; they change nothing for the others."""
+    with open_model(folder / "Tiny-BF16.gguf") as model:
+        measured = drawn(model)
+        last = max(group.layer for group in measured.groups if group.layer is not None)
+        rest = measured.model_copy(update={"groups": [group for group in measured.groups if group.layer != last]})
+        for types in (("Q8_0", "Q6_K", "Q4_K"), ("BF16", "Q8_0", "Q6_K", "Q4_K")):
+            costs = CostModel.from_sensitivities(rest)
+            space = smoothed(make_space(model, costs, constraints=Constraints(types=types)))
+            by_kind: dict[tuple[str, str], list[float]] = {}
+            for name, kind in kinds(space).items():
+                if name in set(costs.tensors):
+                    by_kind.setdefault(kind, []).append(space.costs.cost(name, "Q6_K") / costs.cost(name, "Q6_K"))
+            # each kind keeps its level: what is dearer than its like becomes cheaper, and the other way round
+            for factors in by_kind.values():
+                assert math.prod(factors) == pytest.approx(1)
+
+
+def test_wrong_usage_is_found_before_anything_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring may take hours."""
+
+    def begun(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("apex_quant.allocation.measure.measure", begun)
+    table = speeds(tmp_path, Q4_K=1.0, Q6_K=1.5, Q2_K=2.0)
+    wrong: list[dict[str, Any]] = [
+        {}, {"bpw": 4, "size": 10**6}, {"bpw": -1}, {"like_size": tmp_path / "none.gguf"}, {"size": 1000},
+        {"bpw": 4, "fixed": {"atention": "Q8_0"}}, {"bpw": 4, "minimum": {"output": "Q8_0"}, "types": "q4_k"},
+        {"bpw": 4, "types": "q6_k,q4_k,q2_k", "speeds": table, "max_slowdown": 0.5},
+        {"bpw": 4, "options": PlanOptions(fill="bogus")},
+        {"bpw": 4, "validate": True, "text": [tmp_path / "none.txt"]},
+        {"bpw": 4, "validate": True, "reference": tmp_path / "none.gguf"},
+        {"bpw": 4, "validate": True, "reference": folder / "s.json"},
+    ]  # fmt: skip
+    for words in wrong:
+        with pytest.raises((UsageError, InputError)):
+            run(folder, tmp_path / "r.txt", **{"sensitivity": None, **words})
+    with pytest.raises(UsageError, match="atention"):
+        frontier(folder / "Tiny-BF16.gguf", fixed={"atention": "Q8_0"})
+    with pytest.raises(AssertionError, match="measured"):
+        run(folder, tmp_path / "r.txt", sensitivity=None, bpw=4)
+
+
+@pytest.mark.parametrize("name", ["reference", "text", "chunks", "work"])
+def test_nothing_says_how_to_measure_where_nothing_is(folder: Path, tmp_path: Path, name: str) -> None:
+    given = {"reference": "nosuch", "text": ["nosuch"], "chunks": 1, "work": "nosuch/dir"}
+    with pytest.raises(UsageError, match=f"--{name} does not go with it"):
+        run(folder, tmp_path / "r.txt", bpw=4, **{name: given[name]})
+
+
+def test_options_that_say_types_are_refused(folder: Path, tmp_path: Path) -> None:
+    """They would be replaced by what is found."""
+    model, options = folder / "Tiny-BF16.gguf", PlanOptions(override=["attn_k=Q8_0"])
+    with pytest.raises(UsageError, match="optimize does not go with --override"):
+        run(folder, tmp_path / "r.txt", bpw=4, options=options)
+    with pytest.raises(UsageError, match="frontier does not go with --override"):
+        frontier(model, sensitivity=folder / "s.json", options=options)
+    for wrong in (options, PlanOptions(split_max_size=500_000)):
+        with pytest.raises(UsageError, match="--measured does not go with"):
+            measured_twin(model, "compact", out=tmp_path, options=wrong, sensitivity=folder / "s.json", validate=False)
+
+
+def test_a_stored_reference_may_be_of_the_held_out_text(tmp_path: Path) -> None:
+    """What `apex reference` makes by default: then the choice has read what is to judge it, and that is said."""
+    for name, text in (("heldout", None), ("validation", [VALIDATION])):
+        reference = tmp_path / f"{name}.apexref"
+        make_reference(embedded_model(), reference, text=text, ctx=256, chunks=1, options=SessionOptions(threads=1))
+        with open_model(embedded_model()) as model:
+            texts = Validator(model, tmp_path, None, None, PlanOptions(), reference=reference).texts
+            measured = drawn(model)
+        said = heldout_read(texts, measured)
+        if name == "heldout":
+            assert texts.heldout
+            assert any("held-out evaluation" in note for note in judged_by(texts, measured))
+            assert f"{texts.heldout} of its runs" in said
+            assert "never read" not in said
+        else:
+            assert texts.heldout == 0
+            assert "never read" in heldout_read(texts, measured.model_copy(update={"text": probed(measured)}))
+            assert "the sensitivities has of it is not known" in said
+    (tmp_path / "t.txt").write_text("words")
+    given: list[tuple[dict[str, Any], str]] = [({"text": [tmp_path / "t.txt"]}, "--text"), ({"chunks": 1}, "--chunks")]
+    for more, flag in given:
+        with pytest.raises(UsageError, match=f"{flag} does not go with it"):
+            optimize(
+                embedded_model(), bpw=4, sensitivity=drawn(embedded_model()), out=tmp_path / "r.txt",
+                reference=tmp_path / "heldout.apexref", **more,
+            )  # fmt: skip
+
+
+def probed(measured: Any) -> Any:
+    """As if measured on the built-in probe text."""
+    return measured.text.model_copy(update={"name": BUILTIN})
+
+
+def test_one_text_for_costs_and_choice_is_noted(tmp_path: Path) -> None:
+    """By content, whatever the file is called."""
+    (tmp_path / "a.txt").write_text("some words")
+    (tmp_path / "b.txt").write_text("some words")
+    (tmp_path / "c.txt").write_text("other words")
+    with open_model(embedded_model()) as model:
+        made_costs = read_texts(model, [tmp_path / "a.txt", tmp_path / "c.txt"])
+        measured = drawn(model).model_copy(update={"settings": {"texts": made_costs.parts}})
+        for name, count in (("b.txt", 1), ("c.txt", 1), (None, 0)):
+            texts = validation_texts(model, [tmp_path / name] if name else None)
+            assert sum("made the costs and chooses" in note for note in judged_by(texts, measured)) == count
+
+
+def test_how_far_above_the_optimum() -> None:
+    """The gap is a share of the recipe's own cost: one of a half is twice the optimum."""
+    out = io.StringIO()
+    made: Any = SimpleNamespace(
+        target_bytes=None, total_bytes=1, bpw=4.0, predicted_kld=0.1, measured_kld={}, corrected_kld=None, proved=False,
+        gap=0.5, shadow_price=0.0, candidates=(), notes=(), recipe=None, certificate=None, output=None,
+    )  # fmt: skip
+    show_optimized(Console(file=out, width=200), made)
+    assert "at most 100.00% above the optimum" in out.getvalue()

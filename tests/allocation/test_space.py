@@ -263,3 +263,56 @@ def test_targets(space: Space, tmp_path: Path) -> None:
         target_of(space, fit=1 << 20, ctx=4096)
     with pytest.raises(UsageError):
         target_of(space, bpw=-1)
+
+
+def test_what_is_fixed_alone_may_miss_a_divergence(model: GGUFModel, matrix: Importance, costs: CostModel) -> None:
+    """With a float type allowed, the rest can cost nothing: that does not make the target met."""
+    constraints = Constraints(types=("BF16", "Q8_0", "Q6_K"), fixed={"ffn_down_exps": "Q2_K"})
+    space = make_space(model, costs, importance=matrix, constraints=constraints)
+    alone = costs.corrected(space.fixed_cost)
+    with pytest.raises(UsageError, match="what is fixed has"):
+        space.within(alone / 100)
+    assert space.within(alone * 1.5).predicted <= alone * 1.5
+
+
+def test_a_sibling_has_one_set(model: GGUFModel, matrix: Importance, costs: CostModel) -> None:
+    """All of a layer's expert projections are equal where both gate_up and ffn are asked for, in any order."""
+    for equal in (("gate_up", "ffn"), ("ffn", "gate_up"), ("ffn",)):
+        space = make_space(model, costs, importance=matrix, constraints=Constraints(equal=equal))
+        types = space.fit(12_000_000).types
+        for layer in range(12):
+            assert len({types[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")}) == 1
+
+
+def test_what_is_fixed_takes_time_too(model: GGUFModel, matrix: Importance, costs: CostModel) -> None:
+    """The budget is one of the whole file, whatever was decided beforehand."""
+    types, slow = tuple(SPEEDS.seconds), {"attention": "IQ3_S"}
+
+    def space(slowdown: float, fixed: dict[str, str]) -> Space:
+        constraints = Constraints(types=types, fixed=fixed, speeds=SPEEDS, max_slowdown=slowdown)
+        return make_space(model, costs, importance=matrix, constraints=constraints)
+
+    for slowdown, fixed in ((1.4, slow), (1.05, {"routed_expert": "Q2_K"}), (1.05, {})):
+        one = space(slowdown, fixed)
+        fitted = one.fit(sum(one.fit_bounds()) // 2)
+        assert one.seconds(fitted.types) <= slowdown * one.reference_seconds * (1 + 1e-9)
+    everything = space(1.0, {}).reference_seconds
+    assert space(1.0, slow).reference_seconds == pytest.approx(everything)
+    with pytest.raises(UsageError, match=r"nearest feasible is \d") as refused:
+        space(0.95, slow).fit(12_500_000)
+    nearest = float(str(refused.value).rpartition(" ")[2])
+    least = space(nearest, slow)
+    assert least.fit(least.bounds()[1]).plan.total_bytes > 0
+    with pytest.raises(UsageError, match="has no Q4_0"):
+        space(1.0, {"attention": "Q4_0"})
+
+
+def test_what_would_be_ignored_is_refused(model: GGUFModel, matrix: Importance, costs: CostModel) -> None:
+    """A least type of a role that a tied model lacks, one that a fixed type is below, a slowdown of nothing."""
+    with pytest.raises(UsageError, match=r"of the role 'output'"):
+        make_space(model, costs, importance=matrix, constraints=Constraints(minimum={"output": "Q8_0"}))
+    contradiction = Constraints(minimum={"attention": "Q6_K"}, fixed={"attention": "Q4_K"})
+    with pytest.raises(UsageError, match="at least"):
+        make_space(model, costs, importance=matrix, constraints=contradiction)
+    with pytest.raises(UsageError, match="none is given"):
+        Constraints(max_slowdown=1.05)

@@ -17,9 +17,10 @@ from tests.pipeline.conftest import ran, small_run
 def test_a_size_is_allocated_and_encoded(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
-    def measure(model: Path, **given: Any) -> None:
+    def measure(model: Path, **given: Any) -> str:
         calls.append(("measure", given))
-        given["out"].write_text("{}")
+        given["out"]("0" * 64).write_text("{}")
+        return "measured"
 
     def optimize(model: Path, **given: Any) -> Any:
         calls.append(("optimize", given))
@@ -36,7 +37,10 @@ def test_a_size_is_allocated_and_encoded(again: Path, monkeypatch: pytest.Monkey
     new = ("8MB", "0.5GB")
     assert ran(made) == {"recipes": new, "quantize": new}
     assert [name for name, _ in calls] == ["measure", "optimize"] * 2
-    assert calls[0][1]["out"] == calls[2][1]["out"]  # measured once: the second call finds it finished
+    # measured once: the second call finds it finished; what is measured in another way has another file
+    places = [calls[place][1]["out"](spec * 64) for place, spec in ((0, "a"), (2, "a"), (2, "b"))]
+    assert places[0] == places[1] != places[2]
+    assert calls[1][1]["sensitivity"] == "measured"
     assert (calls[1][1]["size"], calls[3][1]["size"]) == (8_000_000, 500_000_000)
     assert calls[1][1]["types"] == ("Q4_K", "Q6_K")
     assert calls[1][1]["imatrix"].name == "Small-BF16.imatrix.gguf"

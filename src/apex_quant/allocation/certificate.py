@@ -31,7 +31,8 @@ from apex_quant.gguf.atomic import write_file
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import prior_of
 from apex_quant.native import library_info
-from apex_quant.text import builtin, heldout, render
+from apex_quant.text import builtin, render
+from apex_quant.text.corpus import heldout as heldout_text
 from apex_quant.text.corpus import probe, validation
 from apex_quant.text.overlap import WORDS, overlap
 from apex_quant.version import VERSION
@@ -91,11 +92,13 @@ def certificate(
     target: dict[str, Any],
     sensitivities: Sensitivities,
     validated: dict[str, Any] | None,
+    heldout: str,
     candidates: Sequence[dict[str, Any]],
     settings: dict[str, Any],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The document of one allocation. `proved`: its proof(). `validated`: by what candidates were measured."""
+    """The document of one allocation. `proved`: its proof(). `validated`: by what candidates were measured. `heldout`:
+    what was read of the held-out text, in words."""
     importance = space.importance
     return {
         "schema": SCHEMA,
@@ -106,7 +109,7 @@ def certificate(
         "fill": prior_of(importance, space.options.fill) if importance is not None else None,
         "sensitivity": _sensitivity(sensitivities),
         "validation": validated,
-        "texts": _texts(importance, sensitivities, validated),
+        "texts": _texts(importance, sensitivities, validated, heldout),
         "target": target,
         "constraints": space.constraints.to_json(),
         "recipe": chosen.plan.recipe.to_json(),
@@ -179,12 +182,14 @@ def _sensitivity(measured: Sensitivities) -> dict[str, Any]:
 @functools.cache
 def shared_runs() -> dict[str, int]:
     """How many runs of 13 words the built-in texts share."""
-    sets = {"probe": probe(), "validation": validation(), "calibration": builtin(), "heldout": heldout()}
+    sets = {"probe": probe(), "validation": validation(), "calibration": builtin(), "heldout": heldout_text()}
     texts = {name: [render(document, None) for document in documents] for name, documents in sets.items()}
     return {f"{a}_in_{b}": overlap(texts[a], texts[b]).shared for a, b in itertools.combinations(texts, 2)}
 
 
-def _texts(importance: Importance | None, measured: Sensitivities, validated: dict[str, Any] | None) -> dict[str, Any]:
+def _texts(
+    importance: Importance | None, measured: Sensitivities, validated: dict[str, Any] | None, evaluation: str
+) -> dict[str, Any]:
     """Which text was for what, as far as files say, and how many runs of 13 words the built-in ones share: none."""
     if validated is None:
         judged = "none: nothing was measured"
@@ -194,6 +199,6 @@ def _texts(importance: Importance | None, measured: Sensitivities, validated: di
         "calibration": ", ".join(importance.datasets) or "not said by the matrix" if importance is not None else None,
         "sensitivity": measured.text.name,
         "validation": judged,
-        "evaluation": "heldout (never read here but for this count)",
+        "evaluation": evaluation,
         f"shared_runs_of_{WORDS}_words_of_built_in_texts": dict(shared_runs()),
     }

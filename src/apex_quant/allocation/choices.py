@@ -67,7 +67,8 @@ class _Builder:
         self.notes: list[str] = []
         self.skipped: set[str] = set()
         self.matched: set[str] = set()
-        self._timed_types()
+        self.floored: set[str] = set()
+        self._timed_types(self.constraints.allowed(), "allow with --types only " + self._timed_names())
 
     def space(self) -> Space:
         fixed: dict[str, GGMLType] = {}
@@ -86,6 +87,7 @@ class _Builder:
                 fixed[name] = info.type
                 kept.append(name)
             elif (asked := self._asked(name)) is not None:
+                self._high_enough(name, asked)
                 fixed[name], like = asked, self._like(name)
                 if like is not None and (asked.kind == "float" or asked.name in self.costs.types(like)):
                     likes[name] = like
@@ -99,6 +101,8 @@ class _Builder:
                 if like != name:
                     proxies.append(name)
         self._all_matched()
+        counted = [kind for name, kind in fixed.items() if active_weights(self.model, self.facts, name)]
+        self._timed_types(sorted(set(counted), key=lambda kind: kind.name), "leave the time out (--speed-aware)")
         for names, what in (
             (uncounted, "have the type that was asked for, whose cost is not known: the prediction leaves them out"),
             (kept, "are quantized already and stay as they are"),
@@ -118,15 +122,18 @@ class _Builder:
             tuple(self.notes),
         )  # fmt: skip
 
-    def _timed_types(self) -> None:
-        """Raises UsageError for allowed types that the speed table lacks, all of them at once."""
+    def _timed_types(self, kinds: Sequence[GGMLType], cure: str) -> None:
+        """Raises UsageError for types that the speed table lacks, all of them at once."""
         speeds = self.constraints.speeds
-        lacking = [kind.name for kind in self.constraints.allowed() if speeds and kind.name not in speeds.seconds]
+        lacking = [kind.name for kind in kinds if speeds and kind.name not in speeds.seconds]
         if speeds is not None and lacking:
             raise UsageError(
                 f"the speed table of {speeds.machine} has no {', '.join(lacking)}",
-                hint="measure these too, or allow with --types only " + ", ".join(sorted(speeds.seconds)),
+                hint=f"measure these too, or {cure}",
             )
+
+    def _timed_names(self) -> str:
+        return ", ".join(sorted(self.constraints.speeds.seconds)) if self.constraints.speeds is not None else ""
 
     def _asked(self, name: str) -> GGMLType | None:
         """The type that the constraints fix for a tensor, by role or by a pattern searched in its name."""
@@ -137,16 +144,34 @@ class _Builder:
                 found = found or fallback_type(ggml_type(kind), self.model.tensors[name].shape[0])
         return found
 
+    def _high_enough(self, name: str, asked: GGMLType) -> None:
+        """Raises UsageError where --fix and --minimum contradict each other."""
+        least = self._floor(name)
+        if least is not None and asked.bpw < ggml_type(least).bpw:
+            raise UsageError(f"{name} is fixed to {asked.name} and is to have the bits of {least} at least")
+
+    def _floor(self, name: str) -> str | None:
+        """The type whose bits a tensor has at least, by its role."""
+        role = str(self.roles[name].role)
+        self.floored.add(role)
+        return self.constraints.minimum.get(role)
+
     def _all_matched(self) -> None:
-        """Raises UsageError for a fixed type that no tensor has."""
-        for key in self.constraints.fixed:
-            if key not in self.matched:
-                known = sorted({str(role.role) for role in self.roles.values()})
-                raise UsageError(
-                    f"nothing that could be decided is of the role, or has in its name, {key!r}."
-                    f"{did_you_mean(key, known)}",
-                    hint="roles of this model: " + ", ".join(known),
-                )
+        """Raises UsageError for a fixed or a least type that no tensor has."""
+        known = sorted({str(role.role) for role in self.roles.values()})
+        unmatched = [
+            *(
+                (key, "is of the role, or has in its name,")
+                for key in self.constraints.fixed
+                if key not in self.matched
+            ),
+            *((role, "is of the role") for role in self.constraints.minimum if role not in self.floored),
+        ]
+        for key, what in unmatched:
+            raise UsageError(
+                f"nothing that could be decided {what} {key!r}.{did_you_mean(key, known)}",
+                hint="roles of this model: " + ", ".join(known),
+            )
 
     def _like(self, name: str) -> str | None:
         """The tensor whose costs a tensor takes: its own where it was measured."""
@@ -166,7 +191,7 @@ class _Builder:
 
     def _group(self, name: str, info: TensorInfo, like: str) -> Group:
         """The options of one tensor."""
-        least = self.constraints.minimum.get(str(self.roles[name].role))
+        least = self._floor(name)
         floor = ggml_type(least).bpw if least else 0.0
         known, weights = set(self.costs.types(like)), active_weights(self.model, self.facts, name, self.roles[name])
         found: dict[str, Option] = {}
@@ -198,7 +223,8 @@ class _Builder:
 
     def _joined(self, single: Mapping[str, Group]) -> list[Group]:
         """Groups of siblings that must have equal types, by layer, role and everything else in the name."""
-        sets = [parts for name in self.constraints.equal for parts in SIBLINGS[name]]
+        asked = [parts for name in self.constraints.equal for parts in SIBLINGS[name]]
+        sets = [parts for parts in asked if not any(parts < other for other in asked)]  # a part has one set
         joined: dict[tuple[object, ...], list[Group]] = {}
         for name, group in single.items():
             role = self.roles[name]

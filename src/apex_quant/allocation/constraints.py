@@ -75,6 +75,8 @@ class Constraints:
                     f"no siblings are called {name!r}.{did_you_mean(name, list(SIBLINGS))}",
                     hint="known: " + ", ".join(SIBLINGS),
                 )
+        if self.speeds is None and self.max_slowdown != 1.0:
+            raise UsageError("a slowdown is one of a speed table, and none is given", hint="--speed-aware TABLE.toml")
         if self.speeds is not None and not 0 < self.max_slowdown < 1e6:
             raise UsageError(f"a slowdown of {self.max_slowdown}: give a factor such as 1.05")
 
@@ -109,7 +111,7 @@ class Speeds:
         """Raises UsageError for a type that was not measured."""
         found = self.seconds.get(kind.name)
         if found is None:
-            raise UsageError(f"the speed table of {self.machine} has no {kind.name}", hint="leave it out of --types")
+            raise UsageError(f"the speed table of {self.machine} has no {kind.name}", hint="measure it too")
         return found
 
     def to_json(self) -> dict[str, object]:

@@ -3,7 +3,7 @@
 relative = sum (w - q)^2 / sum w^2; weighted = sum_j h_j (w - q)_j^2 / sum_j h_j w_j^2, where h is the sum of squared
 activations of input channel j (of its expert), so that it is the share of the output's energy that is lost, as far as
 channels are uncorrelated. A type whose bytes do not depend on chunking gives the same error by any sample of rows, but
-for chance; rows are taken evenly from all slices.
+for chance; rows are taken evenly from as many slices as there are rows, all of them where that is enough.
 
 What was computed once is kept by content: the hash of the sampled bytes, the importance, the type and the library.
 """
@@ -28,20 +28,26 @@ from apex_quant.native import library_info
 Row = dict[str, dict[str, float]]  # type -> {"relative", "weighted"}
 
 SAMPLE = 1 << 16  # weights of a tensor
-_FORMAT = 1
+_FORMAT = 2
 _LEAST = 1 << 12  # weights, however short the time
-_LEAST_ROWS = 8  # of a slice, as long as there are so many
+_LEAST_ROWS = 8  # of a tensor, however long they are
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly over 0 to 1
 
 
 def sample(weights: Weights, most: int) -> list[int]:
-    """Row numbers, evenly spread over all slices; at most about `most` weights, at least a few rows of some slices."""
-    slices = weights.rows // weights.rows_per_slice
+    """Row numbers, evenly spread over all slices, or a row of each of so many; at most about `most` weights, at least
+    _LEAST_ROWS rows."""
+    slices, length = weights.rows // weights.rows_per_slice, weights.rows_per_slice
     rows = max(_LEAST_ROWS, most // weights.n)
-    taken = min(slices, max(1, rows // _LEAST_ROWS))
-    each = min(weights.rows_per_slice, max(1, rows // taken))
+    taken = min(slices, rows)
+    each = min(length, max(1, rows // taken))
     places = np.unique(np.linspace(0, slices - 1, taken).round().astype(int))
-    inside = np.unique(((np.arange(each) + 0.5) * weights.rows_per_slice / each).astype(int))
-    return [int(p) * weights.rows_per_slice + int(i) for p in places for i in inside]
+    found = []
+    for number, place in enumerate(places.tolist()):
+        shift = (0.5 + number * _GOLDEN) % 1  # not the same rows of every slice
+        inside = np.unique(((np.arange(each) + shift) * length / each).astype(int))
+        found += [place * length + int(row) for row in inside]
+    return found
 
 
 def errors_of(weights: Weights, types: list[GGMLType], disturber: Disturber, *, most: int = SAMPLE) -> Row:
@@ -81,24 +87,25 @@ def error_table(
     each: Callable[[int, str], None],
     *,
     seconds: float | None = None,
-) -> dict[str, Row]:
-    """Errors of the tensors that `types` names; `each` is told the number of finished ones and the name of the next.
+) -> tuple[dict[str, Row], int]:
+    """(errors of the tensors that `types` names, weights that were sampled of a tensor at least); `each` is told the
+    number of finished ones and the name of the next.
 
     `seconds`: fewer rows are sampled where the table would take longer, but some of every tensor.
     """
     every = sorted({kind.name for kinds in types.values() for kind in kinds})
     disturber.encoder.prepare([ggml_type(name) for name in every])
     table: dict[str, Row] = {}
-    most, begun = SAMPLE, time.monotonic()
+    most, least, begun = SAMPLE, SAMPLE, time.monotonic()
     for number, (name, kinds) in enumerate(types.items()):
         each(number, name)
-        started = time.monotonic()
+        started, least = time.monotonic(), min(least, most)
         table[name] = errors_of(weights(name), kinds, disturber, most=most)
         now, left = time.monotonic(), len(types) - number - 1
         if seconds is not None and left:
             affordable = max(seconds - (now - begun), 0.0) / left
-            most = int(min(max(most * affordable / (now - started), _LEAST), SAMPLE))
-    return table
+            most = int(min(max(most * affordable / max(now - started, 1e-6), _LEAST), SAMPLE))
+    return table, least
 
 
 class _Cache:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from apex_quant.allocation.choices import make_space
-from apex_quant.allocation.problem import Option
 from apex_quant.allocation.space import Costs, Space
 from apex_quant.model import Role, classify
 
@@ -70,16 +69,19 @@ def reweighted(space: Space, factors: Mapping[str, float]) -> Space:
 
 
 def smoothed(space: Space, share: float = SMOOTH) -> Space:
-    """Each tensor's costs moved by `share` towards the geometric mean of its kind, per weight and type."""
-    scale: dict[str, float] = {}
-    of_kind: dict[Kind, list[str]] = {}
+    """Each tensor's costs moved by `share` towards the geometric mean of its kind, per weight and type.
+
+    Those that were measured: others have the costs of their like, and move with them.
+    """
+    known, of_kind = set(space.costs.tensors), dict[Kind, list[str]]()
     for name, kind in kinds(space).items():
-        scale[name] = _level(space, name)
-        of_kind.setdefault(kind, []).append(name)
+        if name in known:
+            of_kind.setdefault(kind, []).append(name)
     factors: dict[str, float] = {}
     for names in of_kind.values():
-        mean = math.fsum(math.log(scale[name]) for name in names) / len(names)
-        factors |= {name: math.exp(share * (mean - math.log(scale[name]))) for name in names}
+        levels = _levels(space, names)
+        mean = math.fsum(levels.values()) / len(names)
+        factors |= {name: math.exp(share * (mean - level)) for name, level in levels.items()}
     return reweighted(space, factors)
 
 
@@ -94,9 +96,9 @@ def parted(space: Space) -> Space:
     )
 
 
-def exchanges(space: Space, types: Mapping[str, str], steps: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """(label, factors) of up to `steps` exchanges: the kinds that cost most in the recipe `types` come first, each
-    made dearer, then cheaper."""
+def exchanges(space: Space, types: Mapping[str, str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """(label, factors) of exchanges: the kinds that cost most in the recipe `types` come first, each made dearer, then
+    cheaper."""
     of_kind: dict[Kind, list[str]] = {}
     for name, kind in kinds(space).items():
         of_kind.setdefault(kind, []).append(name)
@@ -105,25 +107,17 @@ def exchanges(space: Space, types: Mapping[str, str], steps: int) -> Iterator[tu
     def cost(kind: Kind) -> float:
         return sum(space.costs.cost(name, types[name]) for name in of_kind[kind] if name in known and name in types)
 
-    ranked = sorted(of_kind, key=cost, reverse=True)
-    moves = [(kind, factor) for kind in ranked for factor in (FACTOR, 1 / FACTOR)]
-    for (role, part), factor in moves[:steps]:
-        what = " ".join(word for word in (role.replace("_", " "), part) if word)
-        yield f"{'more' if factor > 1 else 'fewer'} bytes for {what}", dict.fromkeys(of_kind[(role, part)], factor)
+    for kind in sorted(of_kind, key=cost, reverse=True):
+        what = " ".join(word for word in (kind[0].replace("_", " "), kind[1]) if word)
+        for factor in (FACTOR, 1 / FACTOR):
+            yield f"{'more' if factor > 1 else 'fewer'} bytes for {what}", dict.fromkeys(of_kind[kind], factor)
 
 
-def _level(space: Space, name: str) -> float:
-    """One number for how dear a tensor is: the geometric mean over its types of cost per weight."""
-    group = next(group for group in space.groups if name in group.tensors)
-    costs = [_own(space, name, option) for option in group.options]
-    return math.exp(math.fsum(math.log(max(c, _TINY)) for c in costs) / len(costs)) / _weights(space, name)
-
-
-def _own(space: Space, name: str, option: Option) -> float:
-    if name not in set(space.costs.tensors) or option.type.kind == "float":
-        return _TINY
-    return space.costs.cost(name, option.type.name)
-
-
-def _weights(space: Space, name: str) -> int:
-    return space.model.tensors[name].n_elements
+def _levels(space: Space, names: Sequence[str]) -> dict[str, float]:
+    """How dear tensors of one kind are: the mean logarithm of cost per weight, over the types that they all have."""
+    shared = set.intersection(*(set(space.costs.types(name)) for name in names))
+    levels = {}
+    for name in names:
+        logs = [math.log(max(space.costs.cost(name, kind), _TINY)) for kind in sorted(shared)]
+        levels[name] = math.fsum(logs) / max(len(logs), 1) - math.log(space.model.tensors[name].n_elements)
+    return levels

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from apex_quant.allocation.beforehand import BESIDE, check_choices, refuse_options
 from apex_quant.allocation.choices import make_space
 from apex_quant.allocation.constraints import EQUAL, Constraints, Speeds, as_types, read_speeds
 from apex_quant.allocation.cost import CostModel
@@ -97,22 +98,25 @@ def frontier(
         raise UsageError(f"{points} points make no curve: at least 2")
     if out is not None and Path(out).suffix.lower() not in _FORMATS:
         raise UsageError(f"{out}: a plot ends in {', '.join(_FORMATS)}")
+    plan_options = options or PlanOptions()
+    refuse_options(plan_options, BESIDE, "frontier")
+    constraints = Constraints(
+        types=as_types(list(types) if types is not None and not isinstance(types, str) else types),
+        minimum=dict(minimum or {}),
+        fixed=dict(fixed or {}),
+        equal=tuple(equal),
+        speeds=read_speeds(speeds) if isinstance(speeds, str | Path) else speeds,
+        max_slowdown=max_slowdown,
+    )
     with ExitStack() as held:
         opened = held.enter_context(open_model(model))
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
-        plan_options = options or PlanOptions()
+        if sensitivity is None:
+            check_choices(opened, matrix, constraints, plan_options)
         measured, said = sensitivities_of(
             opened, sensitivity, imatrix, fill=plan_options.fill, session=session, measuring=measuring, report=progress
         )
         costs = CostModel.from_sensitivities(measured)
-        constraints = Constraints(
-            types=as_types(list(types) if types is not None and not isinstance(types, str) else types),
-            minimum=dict(minimum or {}),
-            fixed=dict(fixed or {}),
-            equal=tuple(equal),
-            speeds=read_speeds(speeds) if isinstance(speeds, str | Path) else speeds,
-            max_slowdown=max_slowdown,
-        )
         space = make_space(opened, costs, importance=matrix, constraints=constraints, options=plan_options)
         smallest, largest = space.fit_bounds()
         sizes = [smallest + (largest - smallest) * place // (points - 1) for place in range(points)]

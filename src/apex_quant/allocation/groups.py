@@ -34,6 +34,13 @@ SECOND: Final[tuple[tuple[str, tuple[str, ...]], ...]] = ((r"^attn_(v|qkv|kv)", 
 LADDER: Final = ("Q6_K", "Q5_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "IQ2_S", "IQ2_XXS", "IQ1_S")
 """Joint probes walk over these: every tensor in one of them or of its neighbours, drawn at random."""
 
+FAST: Final = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
+"""What routed experts of a large model walk over instead, as far up or down: IQ types of four bits and fewer take many
+times as long to encode, and how costs combine is learned from errors, whatever type they are of."""
+
+FAST_ABOVE: Final = 5_000_000_000
+"""Weights of the routed experts of a large model."""
+
 SPREADS: Final = (0.7, 0.2, 1.4)
 """How unevenly: standard deviation in steps, of parts around the level and of tensors around their part, in turns."""
 
@@ -170,14 +177,26 @@ def _halving(count: int) -> list[int]:
     return order
 
 
+def experts_ladder(model: GGUFModel, names: Sequence[str]) -> tuple[str, ...]:
+    """The types that routed experts among `names` walk over in joint probes."""
+    weights = sum(model.tensors[name].n_elements for name in names if _is_expert(model, name))
+    return FAST if weights > FAST_ABOVE else LADDER
+
+
+def _is_expert(model: GGUFModel, name: str) -> bool:
+    return classify(name, model.tensors[name].shape, model.architecture).role is Role.routed_expert
+
+
 def joint_probes(
     model: GGUFModel, names: Sequence[str], count: int, with_importance: Collection[str], seed: int
 ) -> list[ProbePlan]:
     """`count` random recipes from many bits to few. A level is a step of the ladder; each part (attn_v, ffn_down, ...)
     lies above or below it by chance, and each tensor above or below its part: a little in some probes, by several steps
-    in others, since even and uneven recipes of one size differ by how costs combine."""
+    in others, since even and uneven recipes of one size differ by how costs combine. Experts have experts_ladder()."""
     draw = random.Random(f"joint:{seed}")
     parts = {name: classify(name, model.tensors[name].shape, model.architecture).part for name in names}
+    fast = experts_ladder(model, names)
+    ladders = {name: fast if _is_expert(model, name) else LADDER for name in names}
     probes = []
     for number in range(count):
         level = (len(LADDER) - 1) * (number + 0.5) / max(count, 1)
@@ -185,8 +204,11 @@ def joint_probes(
         spread = SPREADS[number % len(SPREADS)]
         shift = {part: draw.gauss(0, spread) for part in sorted(set(parts.values()))}
         for name in names:
-            step = min(max(round(level + shift[parts[name]] + draw.gauss(0, spread)), 0), len(LADDER) - 1)
-            fit = fitting(LADDER[step], model.tensors[name], importance=name in with_importance)
+            ladder, place = ladders[name], level + shift[parts[name]] + draw.gauss(0, spread)
+            share = min(max(place / (len(LADDER) - 1), 0.0), 1.0)  # of the way down
+            fit = fitting(
+                ladder[round(share * (len(ladder) - 1))], model.tensors[name], importance=name in with_importance
+            )
             if fit is not None:
                 types[name] = fit
         probes.append(ProbePlan(f"joint {number}", "", types, joint=True))

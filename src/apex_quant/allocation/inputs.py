@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -116,7 +114,7 @@ def sensitivities_of(
     report: Callable[[OptimizeProgress], None] | None = None,
 ) -> tuple[Sensitivities, list[str]]:
     """(sensitivities, what is to be known of them). Those given, or those of measure() with its defaults but for the
-    arguments `measuring`, kept beside the model under a name that says of what.
+    arguments `measuring`, kept beside the model under a name that has the hash of all that decides them.
 
     Raises InputError when they are another model's, or were measured with another importance matrix.
     """
@@ -131,14 +129,12 @@ def sensitivities_of(
         from apex_quant.allocation.measure import measure
 
         asked = {name: value for name, value in (measuring or {}).items() if value is not None}
-        said = json.dumps({**asked, "fill": rule}, sort_keys=True, default=str)
-        how = "" if not asked and fill == "prior" else "-" + hashlib.sha256(said.encode()).hexdigest()[:8]
-        name = f"{display_name(model)}.{sampled(model)[:8]}-{(hashed or 'plain')[:8]}{how}.sensitivity.json"
+        stem = f"{display_name(model)}.{sampled(model)[:8]}-{(hashed or 'plain')[:8]}"
         folder = model.path.parent if os.access(model.path.parent, os.W_OK) else Path()
         say = report or (lambda _: None)
         measured = measure(
             model.path,
-            out=folder / name,
+            out=lambda spec: folder / f"{stem}-{spec[:8]}.sensitivity.json",
             imatrix=imatrix,
             fill=fill,
             options=session,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def is_of_another(path: Path, spec: str) -> bool:
     return begun and not read_journal(path, spec)[0]
 
 
+def _is_number(value: object) -> bool:
+    """Earlier versions kept divergences that were none; such a probe is measured again."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def read_journal(path: Path, spec: str) -> tuple[Json, dict[str, Json]]:
     """Header and probes of the measurement `spec`; ({}, {}) for another's, a torn line is passed over and cut off."""
     try:
@@ -71,4 +77,4 @@ def read_journal(path: Path, spec: str) -> tuple[Json, dict[str, Json]]:
         return {}, {}
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return rows[0], {row["key"]: row for row in rows[1:]}
+    return rows[0], {row["key"]: row for row in rows[1:] if _is_number(row.get("kld", 0.0))}

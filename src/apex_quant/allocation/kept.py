@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apex_quant.errors import InputError
-from apex_quant.evaluation.scores import Scorer
+from apex_quant.evaluation.scores import NEVER, NotFinite, Scorer
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -78,18 +78,21 @@ class KeptLogits:
         if known.tokens is None:
             return self._scorer.divergence([(0, known.logits)], logits, targets).kld
         tokens = known.tokens
-        found = np.empty(len(logits))
+        found, totals = np.empty(len(logits)), np.empty(len(logits))
 
         def work(rows: slice) -> None:
             part = np.take_along_axis(logits[rows], tokens[rows], axis=1)
-            total = log_sum(logits[rows])
-            ours = part.astype(np.float64) - total[:, None]
-            theirs = known.logits[rows].astype(np.float64) - known.total[rows, None]
+            total = totals[rows] = log_sum(logits[rows])
+            ours = np.maximum(part, NEVER).astype(np.float64) - total[:, None]
+            theirs = np.maximum(known.logits[rows], NEVER).astype(np.float64) - known.total[rows, None]
             share = np.exp(theirs)
             rest, ours_rest = known.rest[rows], _log_rest(part, total)
             found[rows] = (share * (theirs - ours)).sum(axis=1) + np.exp(rest) * (rest - ours_rest)
 
-        self._scorer.each(len(logits), logits.shape[1], work)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._scorer.each(len(logits), logits.shape[1], work)
+        if not np.isfinite(totals).all():
+            raise NotFinite(int(np.argmin(np.isfinite(totals))), "the model")
         return found
 
 

@@ -28,6 +28,7 @@ from apex_quant.allocation.groups import (
     JOINT,
     PROBES,
     ProbePlan,
+    experts_ladder,
     joint_probes,
     make_groups,
     quantizable,
@@ -38,6 +39,7 @@ from apex_quant.allocation.journal import ROUNDING, is_of_another, read_journal
 from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.allocation.texts import read_texts
 from apex_quant.errors import InputError, NativeError, ResourceError, UsageError, did_you_mean
+from apex_quant.evaluation.bandwidth import available_bytes
 from apex_quant.evaluation.identity import sampled
 from apex_quant.evaluation.reference import vocabulary_size
 from apex_quant.evaluation.steps import Batching
@@ -83,7 +85,7 @@ Report = Callable[[MeasureProgress], None]
 def measure(
     model: str | Path,
     *,
-    out: str | Path = "sensitivity.json",
+    out: str | Path | Callable[[str], Path] = "sensitivity.json",
     imatrix: str | Path | None = None,
     fill: str = "prior",
     tokens: int = TOKENS,
@@ -105,28 +107,31 @@ def measure(
 ) -> Sensitivities:
     """Measure the sensitivities of `model`, its errors in `candidates`, and write them to `out`.
 
-    `imatrix`, `fill`: as quantize() will be given; without a matrix, types that need one are left out. `tokens`: of
-    text in each probe. `groups`: 'tensor', or some of role, part and layer: 'role,layer' quantizes all routed experts
-    of a layer together. `types`: in which every group is probed. `joint`: so many random recipes of the whole model
-    are measured too. `noise`: random matrices of rank 32 of the same error instead of the encoder's own blocks.
-    `loaded`: another file of the same model (a Q8_0 one), which is disturbed instead where the model itself does not
-    fit into memory; weights are read from `model` all the same. `text`: files, instead of the built-in probe text.
-    `budget` in seconds takes fewer rows for errors, then shortens the text, then leaves out probes; what is missing is
-    estimated from other layers. `rounding`: also measure a Q8_0 file, which is made beside `out` and removed: what the
-    backend's rounding of activations costs, which no probe sees; left out where it would take too much room or time, or
-    with `loaded`. `resume`: UsageError unless there is an interrupted run of this measurement; a run of another one
-    under the same name is not discarded without `force`.
+    `out` may be a function: of the hash of everything that decides the numbers, so that each measurement has a file
+    of its own. `imatrix`, `fill`: as quantize() will be given; without a matrix, types that need one are left out.
+    `tokens`: of text in each probe. `groups`: 'tensor', or some of role, part and layer: 'role,layer' quantizes all
+    routed experts of a layer together. `types`: in which every group is probed. `joint`: so many random recipes of
+    the whole model are measured too. `noise`: random matrices of rank 32 of the same error instead of the encoder's
+    own blocks. `loaded`: another file of the same model (a Q8_0 one), which is disturbed instead where the model
+    itself does not fit into memory; weights are read from `model` all the same. `text`: files, instead of the
+    built-in probe text. `budget` in seconds takes fewer rows for errors, then shortens the text, then leaves out
+    probes; what is missing is estimated from other layers. `rounding`: also measure a Q8_0 file, which is made
+    beside `out` and removed: what the backend's rounding of activations costs, which no probe sees; left out where
+    it would take too much room or time, or with `loaded`. `resume`: UsageError unless there is an interrupted run
+    of this measurement; a run of another one under the same name is not discarded without `force`.
 
     Raises UsageError, InputError, ResourceError (BusyError while another process measures into `out`) or NativeError;
     finished probes are kept, and the same call goes on from there.
     """
-    out, started = Path(out), time.monotonic()
+    started = time.monotonic()
     if fill not in RULES:
         raise UsageError(f"no rule of filling is called {fill!r}.{did_you_mean(fill, list(RULES))}")
     if tokens < ctx or joint < 0 or (budget is not None and budget <= 0):
         raise UsageError(
             f"{tokens} tokens, {joint} joint probes: at least one context of {ctx} tokens, and none below 0"
         )
+    # names are read in any case, and compared as they are written in files
+    types, candidates = (list(dict.fromkeys(ggml_type(one).name for one in names)) for names in (types, candidates))
     problem = library_info().problem
     if problem:
         raise ResourceError(f"{problem}, so nothing can be run", hint="`apex doctor` says how to get it")
@@ -151,6 +156,7 @@ def measure(
             "rounding": rounding,
         }
         spec = _spec(opened, probed, matrix, asked, run_options)
+        out = out(spec) if callable(out) else Path(out)
         if (found := _finished(out, spec, opened, force)) is not None:
             return found
         child = held.enter_context(Child(WORKER))
@@ -195,7 +201,7 @@ def measure(
         file = out.with_name(f"{out.name}.{_FILE.lower()}.gguf")
         held.callback(file.unlink, missing_ok=True)  # one that a killed run left, too
         if rounding and ROUNDING not in read_journal(journal, spec)[1]:
-            payload["rounding"] = _file(opened, file, budget, run_options.threads, notes)
+            payload["rounding"] = _file(opened, file, budget, run_options, notes)
         if budget is not None:
             payload["budget"] = budget - (time.monotonic() - started)
         result = child.run(f"{WORKER}:run", payload, on_event, step=f"measuring {opened.path.name}", pass_fds=[lock])
@@ -214,6 +220,8 @@ def measure(
                 "spec": spec, "complete": result["complete"], "tokens": tokens, "ctx": ctx, "groups": groups,
                 "types": list(types), "joint": joint, "noise": noise, "seed": seed, "fill": asked["prior"],
                 "library": library_info().version, "threads": result["threads"], "kept_logits": result["kept"],
+                "joint_experts": list(experts_ladder(opened, list(plan.errors))),
+                "texts": read.parts, "heldout_runs": read.heldout,
             }
         )  # fmt: skip
         made.save(out)
@@ -278,7 +286,7 @@ def _batching(ctx: int, vocabulary: int, model_bytes: int) -> Batching:
     return Batching(sequences, max(sequences, min(tokens, ctx * sequences)))
 
 
-def _file(model: GGUFModel, path: Path, budget: float | None, threads: int | None, notes: list[str]) -> str | None:
+def _file(model: GGUFModel, path: Path, budget: float | None, options: SessionOptions, notes: list[str]) -> str | None:
     """Make a uniform Q8_0 file of the model. None, and a note, where it costs too much."""
     weights = sum(info.n_elements for info in model.tensors.values())
     needed, free = int(weights * ggml_type(_FILE).bpw / 8), shutil.disk_usage(path.parent).free
@@ -289,9 +297,17 @@ def _file(model: GGUFModel, path: Path, budget: float | None, threads: int | Non
     if needed > free - _SPARE:
         notes.append(f"{said}a {_FILE} file takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         return None
+    # it is run while the model itself stays loaded, unmapped; on a GPU a lack of room is an error that is noted
+    both, available = needed + sum(info.nbytes for info in model.tensors.values()), available_bytes()
+    if options.gpu_layers == 0 and available is not None and both > available:
+        notes.append(
+            f"{said}the model and a {_FILE} file take {both / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are "
+            "available"
+        )
+        return None
     with Child(_FILE_WORKER) as child:
         child.run(
-            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": threads},
+            f"{_FILE_WORKER}:uniform", {"model": str(model.path), "out": str(path), "threads": options.threads},
             lambda _: None, step=f"making a {_FILE} file of {model.path.name}",
         )  # fmt: skip
     return str(path)

@@ -19,6 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from apex_quant.allocation import certificate as certificates
+from apex_quant.allocation.beforehand import (
+    BESIDE,
+    check_choices,
+    check_judge,
+    refuse_options,
+    refuse_unmeasured,
+)
 from apex_quant.allocation.choices import make_space
 from apex_quant.allocation.constraints import EQUAL, Constraints, Speeds, as_types, read_speeds
 from apex_quant.allocation.cost import CostModel
@@ -28,6 +35,7 @@ from apex_quant.allocation.measure import CTX
 from apex_quant.allocation.sensitivity import Sensitivities
 from apex_quant.allocation.space import Fitted, Predicted, Space
 from apex_quant.allocation.targets import Target, target_of
+from apex_quant.allocation.texts import heldout_read, judged_by
 from apex_quant.allocation.validate import Candidate, Validator
 from apex_quant.encode.job import JobProgress
 from apex_quant.encode.quantize import quantize as quantize_
@@ -162,11 +170,20 @@ def optimize(
     )
     if steps < 0:
         raise UsageError(f"{steps} exchange steps")
+    if not validate:
+        refuse_unmeasured(reference=reference, text=text or None, chunks=chunks, work=work)
     plan_options = options or PlanOptions()
+    refuse_options(plan_options, BESIDE, "optimize")
+    asked: dict[str, Any] = {"size": size, "bpw": bpw, "fit": fit, "ctx": ctx, "kld": kld, "like_size": like_size}
+    judge = Path(reference) if reference is not None else None
     with ExitStack() as held:
         opened = held.enter_context(open_model(model))
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
         paths = Paths.of(opened, out, name, quantize=quantize, force=force)
+        if validate:
+            check_judge(opened, judge, text, chunks)
+        if sensitivity is None:
+            check_choices(opened, matrix, constraints, plan_options, asked)
         measured, notes = sensitivities_of(
             opened, sensitivity, imatrix, fill=plan_options.fill, session=session, measuring=measuring, report=report
         )
@@ -177,7 +194,7 @@ def optimize(
             constraints=constraints,
             options=plan_options,
         )
-        target = target_of(space, size=size, bpw=bpw, fit=fit, ctx=ctx, kld=kld, like_size=like_size)
+        target = target_of(space, **asked)
         report(OptimizeProgress("solving"))
         first = space.fit(target.bytes) if target.bytes is not None else space.within(target.kld or 0.0)
         notes += space.notes
@@ -185,11 +202,12 @@ def optimize(
             folder = held.enter_context(working_folder(Path(work) if work else paths.work, keep=work is not None))
             validator = Validator(
                 opened, folder, matrix, Path(imatrix) if imatrix is not None else None, plan_options,
-                reference=Path(reference) if reference is not None else None, text=text,
+                reference=judge, text=text,
                 ctx=int(measured.settings.get("ctx", CTX)), chunks=chunks, session=session, threads=threads,
                 encoding=lambda event: report(OptimizeProgress("encoding", event)),
                 measuring=lambda event: report(OptimizeProgress("evaluating", event)),
             )  # fmt: skip
+            notes += judged_by(validator.texts, measured)
             made = _validated(space, first, target, validator, steps=steps, part=equal is None)
         else:
             made = _solved(space, first, target)
@@ -197,7 +215,8 @@ def optimize(
         said = {**target.to_json(), **made.kept}
         document = certificates.certificate(
             made.problem[0], made.chosen, made.proof, target={**said, "bytes": made.limit}, sensitivities=measured,
-            validated=made.about, candidates=made.candidates, notes=notes,
+            validated=made.about, heldout=heldout_read(validator.texts if validate else None, measured),
+            candidates=made.candidates, notes=notes,
             settings={"steps": steps, "validated": validate, "part": equal is None, "name": paths.output.name},
         )  # fmt: skip
         output: Path | None = None
@@ -307,7 +326,9 @@ def measured_twin(
 ) -> Optimized:
     """`apex quantize --tier TIER --measured`: the allocation of the size of that tier's file, encoded into `out`
     (a folder, or a .gguf name) as MODEL-APEX-TIER-Measured.gguf. `more` goes to optimize()."""
-    planned = plan(model, tier, imatrix=imatrix, options=options or PlanOptions())
+    options = options or PlanOptions()
+    refuse_options(options, {"fill", "allow_requantize"}, "--measured")
+    planned = plan(model, tier, imatrix=imatrix, options=options)
     folder, name = Path(out) if out is not None else Path(), planned.file_name.removesuffix(".gguf") + "-Measured.gguf"
     if folder.suffix == ".gguf" and not folder.is_dir():
         folder, name = folder.parent, folder.name
@@ -317,8 +338,7 @@ def measured_twin(
         raise UsageError(f"{folder}: cannot be made a folder: {error.strerror}") from None
     recipe = folder / f"{name.removesuffix('.gguf')}.recipe.txt"
     return optimize(
-        model, size=planned.total_bytes, imatrix=imatrix, out=recipe, quantize=True, name=name,
-        options=PlanOptions(fill=options.fill, allow_requantize=options.allow_requantize) if options else None, **more,
+        model, size=planned.total_bytes, imatrix=imatrix, out=recipe, quantize=True, name=name, options=options, **more,
     )  # fmt: skip
 
 

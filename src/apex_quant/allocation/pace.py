@@ -45,6 +45,10 @@ class Pace:
         """Seconds for `weights` by type, before any correction."""
         return sum(count * self.per_weight[kind] for kind, count in weights.items())
 
+    def encoded(self, weights: Mapping[str, int]) -> float:
+        """Seconds that encoding these weights is expected to take."""
+        return self.encoding(weights) * self._correction
+
     def of(self, weights: Mapping[str, int]) -> float:
         """Seconds that a probe with these weights is expected to take."""
         return (self.pass_seconds + self.encoding(weights)) * self._correction

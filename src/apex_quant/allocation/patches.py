@@ -175,7 +175,8 @@ def _decoded(kind: GGMLType, raw: Bytes, count: int, n: int) -> F32:
 class _Noise:
     """Random matrices of rank 32 whose columns are as large as those of the real error, piece by piece.
 
-    The right factors are shared by all pieces of a slice, so that a slice's whole error has rank 32.
+    The right factors are shared by all pieces of a slice. Its columns are scaled in each piece, so that the error of a
+    slice of several pieces has a rank above 32.
     """
 
     def __init__(self, weights: Weights) -> None:

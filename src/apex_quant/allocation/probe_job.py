@@ -9,20 +9,20 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from apex_quant.allocation.errors_table import error_table
+from apex_quant.allocation.errors_table import SAMPLE, error_table
 from apex_quant.allocation.journal import ROUNDING, Journal
 from apex_quant.allocation.kept import KeptLogits
 from apex_quant.allocation.pace import Pace
 from apex_quant.allocation.patches import Disturber, Sums, Weights
 from apex_quant.errors import ApexError, InputError
-from apex_quant.evaluation.scores import scorer
+from apex_quant.evaluation.scores import NotFinite, scorer
 from apex_quant.evaluation.steps import Batching, Plan, plan_texts
 from apex_quant.evaluation.watch import Routing, Watcher, watcher
 from apex_quant.gguf import GGUFModel, ggml_type, open_model
@@ -164,7 +164,13 @@ class Job:
             self._tell("errors of types", number, len(kinds), 0, None)
 
         seconds = None if self.left is None else _ERRORS_SHARE * self.left
-        return error_table(kinds, self._weights, self.disturber, each, seconds=seconds)
+        table, least = error_table(kinds, self._weights, self.disturber, each, seconds=seconds)
+        if least < SAMPLE:
+            self.notes.append(
+                f"errors of types are those of fewer rows, for want of time: {least} weights of some tensors, not "
+                f"{SAMPLE}"
+            )
+        return table
 
     def run(self, stop: threading.Event) -> Json:
         plan = self._text()  # an InputError now and not after all errors
@@ -176,17 +182,27 @@ class Job:
         self.pace.pass_seconds = probing.seconds
         self._file(probing, stop)
         costs = [self._amounts(probe) for probe in todo]
-        order, done = self._order(todo, costs), 0
+        order, done, broken = self._order(todo, costs), 0, list[Json]()
         for place, number in enumerate(order):
             expected = self.pace.of(costs[number])
             if self.left is not None and done and expected > self.left:
                 continue  # a smaller one may still have room
             ahead = sum(self.pace.of(costs[one]) for one in order[place:])
-            self._tell("probes", self.resumed + done, len(self.probes), self.resumed, ahead)
-            row = self._probe(todo[number], probing, stop)
+            on_encoded = self._telling(done, ahead)
+            on_encoded({})
+            done += 1
+            try:
+                row = self._probe(todo[number], probing, stop, on_encoded)
+            except NotFinite:  # not kept: the same call says it again, for the price of one probe
+                broken.append(todo[number])
+                continue
             self.pace.learn(costs[number], row["seconds"])
             self.journal.add(row)
-            done += 1
+        if broken:
+            self.notes.append(
+                f"{len(broken)} probes were left out, since the disturbed model gives logits that are NaN or infinite: "
+                + _names(f"{one['group']} {one['kind']}".strip() for one in broken)
+            )
         return {
             "errors": errors,
             "complete": done == len(todo),
@@ -198,6 +214,16 @@ class Job:
             "seconds": time.monotonic() - self.started,
             "threads": self.session.threads,
         }
+
+    def _telling(self, done: int, ahead: float) -> Callable[[Mapping[str, int]], None]:
+        """Says how far probes are, when it is told the weights by type that the one in hand has encoded; `ahead`
+        seconds were left before."""
+
+        def tell(weights: Mapping[str, int]) -> None:
+            left = max(ahead - self.pace.encoded(weights), 0.0)
+            self._tell("probes", self.resumed + done, len(self.probes), self.resumed, left)
+
+        return tell
 
     def _text(self) -> Plan:
         """Chunks of all texts in turn, so that any beginning of them is as diverse as the whole."""
@@ -244,6 +270,8 @@ class Job:
         except ApexError as error:
             self.notes.append(f"what rounding of activations costs was not measured: {error.message}")
             return
+        finally:
+            Path(path).unlink(missing_ok=True)  # the rest may take hours
         self.spent += probing.plan.tokens.size
         self.journal.add(
             {"key": ROUNDING, "group": "Q8_0 file", "kind": "file", "joint": False, "noise": False,
@@ -283,10 +311,21 @@ class Job:
             )  # fmt: skip
         return probing
 
-    def _probe(self, probe: Json, probing: Probing, stop: threading.Event) -> Json:
-        started = time.monotonic()
+    def _probe(
+        self, probe: Json, probing: Probing, stop: threading.Event, on_encoded: Callable[[Mapping[str, int]], None]
+    ) -> Json:
+        """One probe's row. Encoding of a joint probe can take hours: `on_encoded` is told the weights so far."""
+        started, encoded = time.monotonic(), dict[str, int]()
+
+        def each(name: str, kind: str) -> None:
+            encoded[kind] = encoded.get(kind, 0) + self.source.tensors[name].n_elements
+            if stop.is_set():
+                raise Stopped
+            if probe["joint"]:
+                on_encoded(encoded)
+
         try:
-            sums = self._disturb(probe["types"], noise=probe["noise"])
+            sums = self._disturb(probe["types"], noise=probe["noise"], each=each)
             found = probing.compare(stop)
         finally:
             for name in probe["types"]:
@@ -301,7 +340,10 @@ class Job:
             "seconds": round(time.monotonic() - started, 3),
         }
 
-    def _disturb(self, types: Mapping[str, str], *, noise: bool) -> dict[str, Sums]:
+    def _disturb(
+        self, types: Mapping[str, str], *, noise: bool, each: Callable[[str, str], None] = lambda *_: None
+    ) -> dict[str, Sums]:
+        """Write these types over the loaded weights; `each` is called after each tensor with its name and type."""
         found = {}
         for name, kind in types.items():
             loaded = self.loaded.tensors[name].type
@@ -310,11 +352,17 @@ class Job:
                 self.patcher.write(name, start, data)
 
             found[name] = self.disturber.write(self._weights(name), kind, loaded, put, noise=noise)
+            each(name, kind)
         return found
 
     def _tell(self, what: str, done: int, planned: int, resumed: int, left: float | None) -> None:
         self.emit({"event": "progress", "what": what, "done": done, "planned": planned, "resumed": resumed,
                    "tokens": self.spent, "left": left})  # fmt: skip
+
+
+def _names(names: Iterable[str], most: int = 3) -> str:
+    every = list(names)
+    return ", ".join(every[:most]) + (", ..." if len(every) > most else "")
 
 
 def _shorter(plan: Plan, chunks: int) -> Plan:

@@ -132,19 +132,31 @@ class Space:
             found.append(kinds.pop())
         return found
 
-    def seconds(self, kind: GGMLType) -> float:
-        """What all groups would take in one type, where a speed table is given."""
-        speeds, facts_ = self.constraints.speeds, facts(self.model)
+    def seconds(self, types: Mapping[str, GGMLType]) -> float:
+        """What these tensors take for a token, where a speed table is given. Raises UsageError for a type it lacks."""
+        speeds, known = self.constraints.speeds, facts(self.model)
         if speeds is None:
             return 0.0
-        names = [name for group in self.groups for name in group.tensors]
-        return sum(active_weights(self.model, facts_, name) * speeds.of(kind) / 1e9 for name in names)
+        return math.fsum(active_weights(self.model, known, n) * speeds.of(kind) / 1e9 for n, kind in types.items())
+
+    @property
+    def fixed_seconds(self) -> float:
+        """The part of the time that is not the solver's to decide."""
+        return self.seconds(self.fixed)
+
+    @property
+    def reference_seconds(self) -> float:
+        """What everything would take in the speed table's reference type, what is fixed included; 0 without one."""
+        if self.constraints.speeds is None:
+            return 0.0
+        names = [*self.fixed, *(name for group in self.groups for name in group.tensors)]
+        return self.seconds(dict.fromkeys(names, ggml_type(self.constraints.speeds.reference)))
 
     def limits(self, size: int | None, cost: float | None = None) -> Limits:
-        """Limits of a size, with the second budget where there is one."""
-        speeds = self.constraints.speeds
-        most = self.seconds(ggml_type(speeds.reference)) * self.constraints.max_slowdown if speeds else None
-        return Limits(size, cost, most)
+        """Limits of what is left to decide: of a size, with the second budget where there is one."""
+        if self.constraints.speeds is None:
+            return Limits(size, cost, None)
+        return Limits(size, cost, self.reference_seconds * self.constraints.max_slowdown - self.fixed_seconds)
 
     def fit(self, target: int, *, seconds: float = SECONDS, relative_gap: float = RELATIVE_GAP) -> Fitted:
         """The choice of least cost whose planned file has at most `target` bytes.
@@ -187,8 +199,14 @@ class Space:
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if self.costs.corrected(middle) <= predicted else (low, middle)
+        if low < self.fixed_cost:
+            alone = self.costs.corrected(self.fixed_cost)
+            raise UsageError(
+                f"no choice of types has a predicted KLD of {predicted:g}: what is fixed has {alone:.3g} alone",
+                hint="fix less, or in larger types (--fix)",
+            )
         try:
-            limits = self.limits(None, max(low - self.fixed_cost, 0.0))
+            limits = self.limits(None, low - self.fixed_cost)
             found = solve(self.groups, limits, objective="bytes", seconds=seconds, relative_gap=relative_gap)
         except InfeasibleError as error:
             least = self._least_cost(error)
@@ -231,7 +249,7 @@ class Space:
         least = math.fsum(min(o.seconds for o in group.options) for group in self.groups)
         if least <= most:
             return None
-        factor = math.ceil(1e4 * least / self.seconds(ggml_type(speeds.reference)) - 1e-6) / 1e4
+        factor = math.ceil(1e4 * (least + self.fixed_seconds) / self.reference_seconds - 1e-6) / 1e4
         return UsageError(
             f"no choice of types keeps --max-slowdown {self.constraints.max_slowdown:g} of {speeds.reference}: the "
             f"nearest feasible is {factor:g}",
@@ -280,6 +298,8 @@ def active_weights(model: GGUFModel, known: ModelFacts, name: str, role: TensorR
     role = role or classify(name, info.shape, model.architecture, trunk_layers=known.trunk_layers)
     if role.role is Role.embedding and "output.weight" in model.tensors:
         return 0.0  # rows are looked up
+    if role.role is Role.projector:
+        return 0.0  # images are not tokens that are generated
     if role.role is Role.routed_expert and known.n_expert:
         return info.n_elements * known.experts_used(role.layer) / known.n_expert
     return float(info.n_elements)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from apex_quant.allocation.measure import CTX
 from apex_quant.allocation.space import Predicted, plan_of
-from apex_quant.allocation.texts import VALIDATION, ProbeTexts, validation_texts
+from apex_quant.allocation.texts import VALIDATION, ProbeTexts, stored_text, validation_texts
 from apex_quant.encode.job import EXECUTOR, JobProgress, run_job
 from apex_quant.encode.quantize import refuse_unsafe, usable_cpus
 from apex_quant.errors import InputError, ResourceError
@@ -75,9 +75,9 @@ class Validator:
 
     Names of kept files say by hashes of what they are: model, matrix, text, reference, options, library.
 
-    `reference`: a .apexref or GGUF, with its own text where it has one; None makes a .apexref of the model on the
-    validation text (or on `text`) in chunks of `ctx` tokens, in `folder`. `keep`: the encoded files, not only what was
-    measured.
+    `reference`: a GGUF, or a file of predictions, which has its own text and context; None makes a .apexref
+    of the model on the validation text (or on `text`) in chunks of `ctx` tokens, in `folder`. `keep`: the encoded
+    files, not only what was measured.
     """
 
     model: GGUFModel
@@ -150,20 +150,33 @@ class Validator:
     @cached_property
     def about(self) -> dict[str, Any]:
         """What recipes are measured by, with hashes of all content: what repeats it, and tells it from other runs."""
-        texts = self._texts
-        own = self.reference is not None and self.reference.suffix.lower() != ".gguf"
+        own = self._stored
         return {
-            "text": None if own else {"name": texts.name, "sha256": texts.sha256, "notes": list(texts.notes)},
+            "text": None if own else self._about_text(),
             "reference": self._about_reference(),
             "ctx": None if own else self.ctx,
             "chunks": None if own else self.chunks,
             "session": self.session.model_dump(mode="json", exclude={"threads"}),
         }
 
+    @cached_property
+    def texts(self) -> ProbeTexts:
+        """What recipes are measured on. Raises InputError."""
+        if self.reference is not None and self._stored:
+            return stored_text(self.model, self.reference)
+        return validation_texts(self.model, self.text)
+
+    @cached_property
+    def _stored(self) -> bool:
+        return self.reference is not None and not is_model(self.reference)
+
+    def _about_text(self) -> dict[str, Any]:
+        return {"name": self.texts.name, "sha256": self.texts.sha256, "notes": list(self.texts.notes)}
+
     def _about_reference(self) -> dict[str, Any]:
         if self.reference is None:
             return {"name": self.model.path.name, "samples_sha256": self._encoded_from["model"]}
-        if self.reference.suffix.lower() == ".gguf":
+        if not self._stored:
             with open_model(self.reference) as other:
                 return {"name": self.reference.name, "samples_sha256": sampled(other)}
         try:
@@ -182,10 +195,6 @@ class Validator:
             "fill": prior_of(self.importance, self.options.fill) if self.importance is not None else None,
             "library": library_info().version,
         }
-
-    @cached_property
-    def _texts(self) -> ProbeTexts:
-        return validation_texts(self.model, self.text)
 
     def _path(self, file: Predicted) -> Path:
         return self.folder / f"{file.plan.recipe.sha256[:16]}-{_digest(self._encoded_from)}.gguf"
@@ -206,7 +215,7 @@ class Validator:
         if self._measured(path):
             return load(out)
         reference, source = self._reference()
-        live = reference.suffix.lower() == ".gguf"
+        live = self.reference is not None and not self._stored
         return evaluate(
             path,
             reference=reference,
@@ -224,7 +233,7 @@ class Validator:
     def _reference(self) -> tuple[Path, Path | None]:
         """(what to compare with, the model whose output matrix it needs)."""
         if self.reference is not None:
-            return self.reference, None if self.reference.suffix.lower() == ".gguf" else self.model.path
+            return self.reference, self.model.path if self._stored else None
         made = self.folder / f"validation.{self._key}.apexref"
         if not made.exists():
             make_reference(
@@ -243,6 +252,16 @@ class Validator:
     def _files(self) -> list[str | Path]:
         """The validation text for evaluate()."""
         return list(self.text or [VALIDATION])
+
+
+def is_model(path: Path) -> bool:
+    """Whether a reference is a model, which any text can be run through, and no file of predictions. Raises
+    InputError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _digest(document: Mapping[str, Any]) -> str:

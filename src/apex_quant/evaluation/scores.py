@@ -28,7 +28,7 @@ F64 = NDArray[np.float64]
 Blocks = Iterable[tuple[int, F32]]  # (first token of the vocabulary, logits [rows, width])
 
 _BLOCK_FLOATS = 1 << 18
-_NEVER = np.float32(-1e30)  # instead of minus infinity: a token that is never said
+NEVER = np.float32(-1e30)  # instead of minus infinity: a token that is never said
 
 
 class NotFinite(InputError):
@@ -110,7 +110,7 @@ class Scorer:
                 test_weights = ours.add(rows, test, start, (backward,))
                 difference = np.subtract(ref, test)
                 if not np.isfinite(difference).all():  # tokens that are never said have logits of minus infinity
-                    difference = np.maximum(ref, _NEVER) - np.maximum(test, _NEVER)
+                    difference = np.maximum(ref, NEVER) - np.maximum(test, NEVER)
                 np.multiply(ref_weights, difference, out=ref_weights)
                 forward[rows] += ref_weights.sum(axis=1, dtype=np.float64)
                 np.multiply(test_weights, difference, out=test_weights)
@@ -142,7 +142,7 @@ class _Sums:
     """Running maximum, its token, and the sum of exp(l - maximum) of each row."""
 
     def __init__(self, rows: int) -> None:
-        self.top = np.full(rows, float(_NEVER))
+        self.top = np.full(rows, float(NEVER))
         self.best = np.zeros(rows, np.int64)
         self.total = np.zeros(rows)
 

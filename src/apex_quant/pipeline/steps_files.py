@@ -10,7 +10,6 @@ from typing import Any
 from apex_quant.gguf import shard_name, write_file
 from apex_quant.pipeline.context import Context, PhaseEvent
 from apex_quant.pipeline.phases import Done, Item
-from apex_quant.pipeline.state import key_of
 from apex_quant.pipeline.wanted import Wanted, plan_options, wanted
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.planned import Plan
@@ -86,19 +85,19 @@ def _allocated(context: Context, item: Item, out: Path) -> tuple[Path, dict[str,
     """
     from apex_quant.allocation.measure import measure
     from apex_quant.allocation.optimize import optimize
+    from apex_quant.allocation.sensitivity import Sensitivities
 
     given, size = context.config.optimize, item.about["wanted"].size
     session, weights = context.config.session_options(), matrix(context, True)
     fill = context.config.quantize.fill
-    sensitivities = Path(given.sensitivity)
+    sensitivities: Path | Sensitivities = Path(given.sensitivity)
     if given.sensitivity == "measure":
         # measured once for all sizes, and again when what decides it changes: that is in the name
-        key = key_of({"tokens": given.tokens, "fill": fill}, {k: item.inputs[k] for k in ("model", "imatrix")})
-        sensitivities = context.work / "reference" / f"sensitivities-{key[:12]}.json"
+        folder = context.work / "reference"
         more: dict[str, Any] = {} if given.tokens is None else {"tokens": given.tokens}
-        measure(
+        sensitivities = measure(
             context.model().path,
-            out=sensitivities,
+            out=lambda spec: folder / f"sensitivities-{spec[:12]}.json",
             imatrix=weights,
             fill=fill,
             options=session,
