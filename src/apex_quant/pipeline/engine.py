@@ -20,6 +20,7 @@ from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import Phases, RunConfig, anywhere, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
 from apex_quant.pipeline.estimate import estimate, peak_disk
+from apex_quant.pipeline.hopeless import refuse_hopeless
 from apex_quant.pipeline.look import NOTHING, RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
@@ -58,6 +59,7 @@ def run(
     if dry_run:
         context = Context(config, work, State(work).load(), tell, yes=yes, forced=forced)
         looks = look(context, PHASES, selected, force=forced)
+        refuse_hopeless(context, looks)
         if any(one.phase.name == "convert" and one.due for one in looks):
             convert_problem(context)
         due = {one.phase.name: [item.name for item, _ in one.due] for one in looks if one.due}
@@ -68,11 +70,16 @@ def run(
     if "source" in selected:
         check_source(config)  # before there is a folder
     started = time.monotonic()
+    context = Context(config, work, State(work), tell, yes=yes, forced=forced)
+    if is_new := not work.exists():  # what is refused leaves no folder
+        refuse_hopeless(context, look(context, PHASES, selected, force=forced))
     with exclusive(work, lambda note: tell(PhaseEvent("note", "run", note))), _machines(config, tell) as machines:
+        context.state.load()  # of a new folder there is none: what was hashed stays known
+        context.cluster = machines
+        if not is_new:
+            refuse_hopeless(context, look(context, PHASES, selected, force=forced))
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
-        context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines, forced=forced)
-        look(context, PHASES, selected, force=forced)  # what is refused is refused now
         kept = anywhere(config)
         context.state.about |= {"source": kept["source"], "name": config.model_name, "config": kept}
         runs = _Engine(context, selected).run()
@@ -132,6 +139,9 @@ class _Engine:
             runs.append(self._phase(one))
             if one.due and phase.name in ("source", "convert"):
                 self.facts = room.facts_at_hand(self.context)
+                if phase.name == "convert" or self.context.config.is_hub:  # a header to look at, which was not here
+                    rest = PHASES[number + 1 :]
+                    refuse_hopeless(self.context, look(self.context, rest, self.selected, force=self.force))
             if number > NAMES.index("convert"):
                 self._free()
         return runs
