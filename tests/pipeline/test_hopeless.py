@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from apex_quant import PlanOptions, quantize, run
+from apex_quant.cli.run_init import write_config
 from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
@@ -97,6 +98,28 @@ def test_what_is_no_language_model(finished: Path, tmp_path: Path) -> None:
     projector = tmp_path / "mmproj.gguf"
     write_generic(projector, "clip", {"v.patch_embd.weight": ((16, 16), "F16")})
     assert "is a projector, not a model" in refused(projector, tmp_path / "work").message
+
+
+def test_the_example_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source is no repository that anybody meant."""
+    monkeypatch.chdir(tmp_path)
+    example = write_config()
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="source: is needed"):
+            run(example, dry_run=dry_run)
+    assert list(tmp_path.iterdir()) == [tmp_path / example]
+
+
+def test_a_phase_alone_in_a_new_folder(model: Path, tmp_path: Path) -> None:
+    assert isinstance(refused(model, tmp_path / "work", phases={"phase": "evaluate"}), UsageError)
+
+
+def test_a_file_for_a_folder(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("x")
+    for place in (tmp_path / "work", tmp_path / "work/inner"):
+        error = refused(model, place)
+        assert isinstance(error, UsageError)
+        assert error.message == f"{tmp_path / 'work'}: is a file, not a folder"
 
 
 def test_a_size_that_no_choice_of_types_has(model: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from apex_quant.pipeline.hopeless import refuse_hopeless
 from apex_quant.pipeline.look import NOTHING, RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
-from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
+from apex_quant.pipeline.state import Record, Started, State, exclusive, is_folder, key_of, located, now
 from apex_quant.pipeline.steps_source import check_source, convert_problem, unused_settings
 from apex_quant.pipeline.table import PHASES
 
@@ -54,6 +54,7 @@ def run(
     for note in unused_settings(config):
         tell(PhaseEvent("note", "convert", note))
     work = config.work_folder.resolve()
+    is_new = not is_folder(work)
     selected = config.phases.selected()
     forced = selected if force else ()
     if dry_run:
@@ -71,7 +72,7 @@ def run(
         check_source(config)  # before there is a folder
     started = time.monotonic()
     context = Context(config, work, State(work), tell, yes=yes, forced=forced)
-    if is_new := not work.exists():  # what is refused leaves no folder
+    if is_new:  # what is refused leaves no folder
         refuse_hopeless(context, look(context, PHASES, selected, force=forced))
     with exclusive(work, lambda note: tell(PhaseEvent("note", "run", note))), _machines(config, tell) as machines:
         context.state.load()  # of a new folder there is none: what was hashed stays known

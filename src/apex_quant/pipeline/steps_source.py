@@ -18,6 +18,7 @@ from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.pipeline import steps_projector
 from apex_quant.pipeline.config import Convert, RunConfig
 from apex_quant.pipeline.context import Context
+from apex_quant.pipeline.describe import PLACEHOLDER
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.state import STATE, digest_of, located
@@ -46,11 +47,16 @@ def _weights(context: Context) -> list[Item]:
 
 
 def check_source(config: RunConfig) -> None:
-    """Refuse a source on this disk that is none, by names and headers alone.
+    """Refuse a source on this disk that is none, by names and headers alone, and the example's.
 
-    Raises UsageError for settings of another kind of source, InputError for what is no model, and what describe()
-    raises.
+    Raises UsageError for no source and for settings of another kind of source, InputError for what is no model, and
+    what describe() raises.
     """
+    if config.is_hub and config.source == PLACEHOLDER:
+        raise UsageError(
+            f"source: is needed, and {PLACEHOLDER} only stands for it",
+            hint="edit the file: a hub id, a checkpoint's folder or a full-precision GGUF",
+        )
     if config.is_gguf and config.convert.mmproj is True:
         raise UsageError(
             "convert.mmproj: true makes the projector of a checkpoint, and the source is a GGUF",
