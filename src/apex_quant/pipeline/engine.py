@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_quant.errors import UsageError
+from apex_quant.errors import ApexError, UsageError
 from apex_quant.native import Workers
 from apex_quant.pipeline import disk, room
 from apex_quant.pipeline.config import PHASES as NAMES
@@ -44,7 +44,8 @@ def run(
     configuration (docs/config.md): tiers=[...], work="DIR", evaluate={"suite": "none"}. The same call after an
     interruption goes on where that stopped; with other options it redoes what they concern. `force` also runs the
     selected phases where nothing changed. `dry_run` says what would run, and changes nothing. `progress` gets a
-    PhaseEvent for every line, and the progress of each step as its own function gives it.
+    PhaseEvent for every line, the progress of each step as its own function gives it, and of a run that fails, before
+    the error, the RunResult of what was finished.
 
     Raises UsageError, InputError, ResourceError (BusyError while another run has the folder) or NativeError; all
     that was finished is recorded. Files that failed their checks raise nothing: they are quarantined in the result.
@@ -83,10 +84,15 @@ def run(
             (work / folder).mkdir(parents=True, exist_ok=True)
         kept = anywhere(config)
         context.state.about |= {"source": kept["source"], "name": config.model_name, "config": kept}
-        runs = _Engine(context, selected).run()
+        engine = _Engine(context, selected)
+        try:
+            engine.run()
+        except ApexError:
+            tell(summarize(context, engine.runs, time.monotonic() - started, dry_run=False))
+            raise
         context.state.prune()
         context.state.save()
-        return summarize(context, runs, time.monotonic() - started, dry_run=False)
+        return summarize(context, engine.runs, time.monotonic() - started, dry_run=False)
 
 
 def configured(
@@ -130,14 +136,15 @@ class _Engine:
         assert tuple(phase.name for phase in PHASES) == NAMES
         self.context, self.selected, self.force = context, selected, context.forced
         self.facts = room.facts_at_hand(context)
+        self.runs: list[PhaseRun] = []
 
-    def run(self) -> list[PhaseRun]:
-        runs = []
+    def run(self) -> None:
+        """All phases; `runs` has those that are finished."""
         for number, phase in enumerate(PHASES):
             one = look_at(self.context, phase, self.selected, self.force)
             if one.freed:
                 one = look(self.context, PHASES[number:], self.selected, force=self.force)[0]
-            runs.append(self._phase(one))
+            self.runs.append(self._phase(one))
             if one.due and phase.name in ("source", "convert"):
                 self.facts = room.facts_at_hand(self.context)
                 if phase.name == "convert" or self.context.config.is_hub:  # a header to look at, which was not here
@@ -145,7 +152,6 @@ class _Engine:
                     refuse_hopeless(self.context, look(self.context, rest, self.selected, force=self.force))
             if number > NAMES.index("convert"):
                 self._free()
-        return runs
 
     def _phase(self, one: Look) -> PhaseRun:
         phase, context = one.phase, self.context
