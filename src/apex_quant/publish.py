@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from apex_quant.errors import InputError, ResourceError, UsageError
-from apex_quant.hub import HubFile, HubProgress, Repository, find_repository, matches, sha256_of
+from apex_quant.hub import HUB_ID, HubFile, HubProgress, Repository, find_repository, matches, sha256_of
 from apex_quant.hub_access import TRIES, explained, first_line, has_token, library, page, pause, reason, rest, retried
 from apex_quant.publishable import SUMS, Kind, LocalFile, Model, publishable, results_of
 
@@ -121,6 +121,8 @@ def publish(
     Raises UsageError for a bad name, files that differ, a public repository although `private`; InputError for models
     that are quarantined, unfinished or broken, or a gated repository; ResourceError without network or token.
     """
+    if not HUB_ID.fullmatch(repo):
+        raise UsageError(f"{repo!r} is not of the form ORG/NAME")
     tell = progress or (lambda _: None)
     found = publishable(directory)
     if not dry_run and not has_token():

@@ -290,10 +290,12 @@ def test_a_token_that_may_not_write(hub: MockHub, folder: Path) -> None:
         assert not hub.repos or hub.repos[REPO].files == {}
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "me/..", "a b", ""])
+@pytest.mark.parametrize("name", ["a/b/c", "me/..", "a b", "", "nonsense"])
 def test_bad_names(hub: MockHub, token: str, folder: Path, name: str) -> None:
-    with pytest.raises(UsageError):
-        publish(folder, name)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError):
+            publish(folder, name, dry_run=dry_run)
+    assert hub.log == []
 
 
 # --- failures that pass, and those that do not ---

@@ -53,6 +53,7 @@ class Toy:
         monkeypatch.setattr(room, "facts_at_hand", lambda context: None)
         monkeypatch.setattr(room, "needs", self.room)
         monkeypatch.setattr(engine, "check_source", lambda config: None)
+        monkeypatch.setattr(engine, "refuse_hopeless", lambda context, looks: None)
         monkeypatch.setattr("apex_quant.pipeline.results.wanted", lambda config: [])
 
     def room(self, context: Context, phase: Phase, items: Sequence[Item], facts: None) -> list[Need]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from apex_quant import run
@@ -14,7 +15,9 @@ from apex_quant.errors import InputError, ResourceError, UsageError
 from apex_quant.pipeline import steps_checks
 from apex_quant.pipeline.context import PhaseEvent
 from apex_quant.pipeline.jobs import evaluate_file
+from apex_quant.pipeline.results import RunResult
 from apex_quant.pipeline.state import State
+from tests.cli.conftest import Call, call  # noqa: F401 -- a fixture
 from tests.helpers.random_models import write_random_gguf
 from tests.hub.conftest import hub, token, waits  # noqa: F401 -- fixtures
 from tests.hub.mock import MockHub, Repo
@@ -153,6 +156,49 @@ def test_baselines_and_publishing(hub: MockHub, again: Path) -> None:  # noqa: F
     hub.log.clear()
     assert ran(small_run(again, **more, yes=True)) == {}
     assert hub.log == []
+
+
+def test_a_rehearsal_without_network(hub: MockHub, again: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Nothing was to be uploaded: the run is finished, says so, and asks again the next time."""
+    given: dict[str, Any] = {"publish": {"repo": "me/Small"}}
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        said: list[Any] = []
+        made = small_run(again, **given, progress=said.append)
+    assert [file.tier for file in made.files] == ["quality", "i-compact"]
+    assert made.published is None
+    notes = [event.text for event in said if isinstance(event, PhaseEvent) and event.kind == "note"]
+    assert "me/Small: cannot be looked up" in notes[0]
+    assert notes[1:] == ["nothing was uploaded to me/Small: --yes does it"]
+    assert not State(again / "work").load().started.get("publish")
+    assert small_run(again, **given).published is not None
+    assert hub.repos == {}
+
+
+@pytest.mark.usefixtures("token")
+def test_what_is_finished_is_told_before_an_error(
+    hub: MockHub,  # noqa: F811
+    again: Path,
+    call: Call,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The table and the report of hours, when only the upload failed."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    said: list[Any] = []
+    with pytest.raises(ResourceError, match="cannot be looked up"):
+        small_run(again, publish={"repo": "me/Small"}, yes=True, progress=said.append)
+    (told,) = [event for event in said if isinstance(event, RunResult)]
+    assert [file.tier for file in told.files] == ["quality", "i-compact"]
+    assert all(file.verified and file.kld for file in told.files)
+    assert "publish" not in ran(told)
+    config = State(again / "work").load().about["config"]
+    monkeypatch.chdir(again)
+    (again / "run.yaml").write_text(yaml.safe_dump(config))
+    done = call("run", "run.yaml", "--yes", "--json")
+    assert (done.status, done.out) == (4, "")
+    table, _, error = done.err.partition("error: ")
+    assert "Small-APEX-I-Compact.gguf" in table
+    assert error.startswith("me/Small: cannot be looked up")
 
 
 def test_an_interrupted_baseline_stays_at_its_commit(

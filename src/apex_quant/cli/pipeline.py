@@ -197,6 +197,7 @@ class RunProgress:
 
     def __call__(self, event: Any) -> None:
         from apex_quant.pipeline.context import PhaseEvent
+        from apex_quant.pipeline.results import RunResult
         from apex_quant.publish import Published
 
         if isinstance(event, PhaseEvent):
@@ -207,6 +208,10 @@ class RunProgress:
 
             self._close()
             show_published(self._console, event)
+        elif isinstance(event, RunResult):  # of a run that failed: what it has all the same
+            self._close()
+            if event.files:
+                show_run(self._console, event)
         else:
             if type(event) is not self._kind:
                 self._close()

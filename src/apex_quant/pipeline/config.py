@@ -36,7 +36,7 @@ from apex_quant.pipeline.yaml_text import Key, Located, read_yaml
 
 __all__ = [
     "CODE_TASKS", "DEFAULT_TIERS", "HARNESS_TASKS", "METRICS", "PHASES", "Convert", "Phase", "Phases", "RunConfig",
-    "Section", "anywhere", "load_config", "make_config", "sections",
+    "Section", "anywhere", "is_word", "load_config", "make_config", "sections",
 ]  # fmt: skip
 
 _MOST_PROBLEMS: Final = 5
@@ -130,6 +130,11 @@ def make_config(
     if in_file:
         raise InputError(f"{where}: {message}", hint=_HINT)
     raise UsageError(message, hint=_HINT)
+
+
+def is_word(key: str, value: str) -> bool:
+    """Whether a value of a key that names files is a word in their place: builtin, hub:NAME."""
+    return bool(_FILES[key].fullmatch(value))
 
 
 def anywhere(config: RunConfig) -> dict[str, Any]:
@@ -254,10 +259,10 @@ def _beside(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(value, str) or not value:
             return value
         parts = [part.strip() for part in value.split(",")] if name == "tiers" else [value]
-        return ",".join(part if is_word(name, part) else str(folder / Path(part).expanduser()) for part in parts)
+        return ",".join(str(folder / Path(part).expanduser()) if is_file(name, part) else part for part in parts)
 
-    def is_word(name: str, value: str) -> bool:
-        return bool(_FILES[name].fullmatch(value)) and not (name == "source" and (folder / value).exists())
+    def is_file(name: str, value: str) -> bool:
+        return not is_word(name, value) or (name == "source" and (folder / value).exists())
 
     for name in _FILES:
         *outer, last = name.split(".")

@@ -13,7 +13,8 @@ from apex_quant.pipeline.config import sections
 from apex_quant.pipeline.keys import Section
 
 _SIZES: Final = ("split", "shards")
-_SOURCE: Final = "ORG/NAME"
+PLACEHOLDER: Final = "ORG/NAME"
+"""The source in the example, until somebody edits it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def template(source: str | None = None) -> str:
             lines.append(f"# {'  ' * (depth - 1)}{name.rpartition('.')[2]}:")
         for row in rows(model):
             if row.default is None:
-                lines.append(f"{row.name}: {json.dumps(source) if source else _SOURCE}  # {row.text}")
+                lines.append(f"{row.name}: {json.dumps(source) if source else PLACEHOLDER}  # {row.text}")
             else:
                 lines.append(f"# {'  ' * depth}{row.name}: {row.default}  # {row.text}")
     return "\n".join(lines) + "\n"

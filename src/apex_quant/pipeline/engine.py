@@ -13,17 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apex_quant.errors import UsageError
+from apex_quant.errors import ApexError, UsageError
 from apex_quant.native import Workers
 from apex_quant.pipeline import disk, room
 from apex_quant.pipeline.config import PHASES as NAMES
 from apex_quant.pipeline.config import Phases, RunConfig, anywhere, load_config
 from apex_quant.pipeline.context import FOLDERS, Context, PhaseEvent
 from apex_quant.pipeline.estimate import estimate, peak_disk
+from apex_quant.pipeline.hopeless import refuse_hopeless
 from apex_quant.pipeline.look import NOTHING, RESUMED, Look, lacking, look, look_at
 from apex_quant.pipeline.phases import Done, Item, Phase
 from apex_quant.pipeline.results import PhaseRun, RunResult, summarize
-from apex_quant.pipeline.state import Record, Started, State, exclusive, key_of, located, now
+from apex_quant.pipeline.state import Record, Started, State, exclusive, is_folder, key_of, located, now
 from apex_quant.pipeline.steps_source import check_source, convert_problem, unused_settings
 from apex_quant.pipeline.table import PHASES
 
@@ -43,7 +44,8 @@ def run(
     configuration (docs/config.md): tiers=[...], work="DIR", evaluate={"suite": "none"}. The same call after an
     interruption goes on where that stopped; with other options it redoes what they concern. `force` also runs the
     selected phases where nothing changed. `dry_run` says what would run, and changes nothing. `progress` gets a
-    PhaseEvent for every line, and the progress of each step as its own function gives it.
+    PhaseEvent for every line, the progress of each step as its own function gives it, and of a run that fails, before
+    the error, the RunResult of what was finished.
 
     Raises UsageError, InputError, ResourceError (BusyError while another run has the folder) or NativeError; all
     that was finished is recorded. Files that failed their checks raise nothing: they are quarantined in the result.
@@ -53,11 +55,13 @@ def run(
     for note in unused_settings(config):
         tell(PhaseEvent("note", "convert", note))
     work = config.work_folder.resolve()
+    is_new = not is_folder(work)
     selected = config.phases.selected()
     forced = selected if force else ()
     if dry_run:
         context = Context(config, work, State(work).load(), tell, yes=yes, forced=forced)
         looks = look(context, PHASES, selected, force=forced)
+        refuse_hopeless(context, looks)
         if any(one.phase.name == "convert" and one.due for one in looks):
             convert_problem(context)
         due = {one.phase.name: [item.name for item, _ in one.due] for one in looks if one.due}
@@ -68,17 +72,27 @@ def run(
     if "source" in selected:
         check_source(config)  # before there is a folder
     started = time.monotonic()
+    context = Context(config, work, State(work), tell, yes=yes, forced=forced)
+    if is_new:  # what is refused leaves no folder
+        refuse_hopeless(context, look(context, PHASES, selected, force=forced))
     with exclusive(work, lambda note: tell(PhaseEvent("note", "run", note))), _machines(config, tell) as machines:
+        context.state.load()  # of a new folder there is none: what was hashed stays known
+        context.cluster = machines
+        if not is_new:
+            refuse_hopeless(context, look(context, PHASES, selected, force=forced))
         for folder in FOLDERS:
             (work / folder).mkdir(parents=True, exist_ok=True)
-        context = Context(config, work, State(work).load(), tell, yes=yes, cluster=machines, forced=forced)
-        look(context, PHASES, selected, force=forced)  # what is refused is refused now
         kept = anywhere(config)
         context.state.about |= {"source": kept["source"], "name": config.model_name, "config": kept}
-        runs = _Engine(context, selected).run()
+        engine = _Engine(context, selected)
+        try:
+            engine.run()
+        except ApexError:
+            tell(summarize(context, engine.runs, time.monotonic() - started, dry_run=False))
+            raise
         context.state.prune()
         context.state.save()
-        return summarize(context, runs, time.monotonic() - started, dry_run=False)
+        return summarize(context, engine.runs, time.monotonic() - started, dry_run=False)
 
 
 def configured(
@@ -122,19 +136,22 @@ class _Engine:
         assert tuple(phase.name for phase in PHASES) == NAMES
         self.context, self.selected, self.force = context, selected, context.forced
         self.facts = room.facts_at_hand(context)
+        self.runs: list[PhaseRun] = []
 
-    def run(self) -> list[PhaseRun]:
-        runs = []
+    def run(self) -> None:
+        """All phases; `runs` has those that are finished."""
         for number, phase in enumerate(PHASES):
             one = look_at(self.context, phase, self.selected, self.force)
             if one.freed:
                 one = look(self.context, PHASES[number:], self.selected, force=self.force)[0]
-            runs.append(self._phase(one))
+            self.runs.append(self._phase(one))
             if one.due and phase.name in ("source", "convert"):
                 self.facts = room.facts_at_hand(self.context)
+                if phase.name == "convert" or self.context.config.is_hub:  # a header to look at, which was not here
+                    rest = PHASES[number + 1 :]
+                    refuse_hopeless(self.context, look(self.context, rest, self.selected, force=self.force))
             if number > NAMES.index("convert"):
                 self._free()
-        return runs
 
     def _phase(self, one: Look) -> PhaseRun:
         phase, context = one.phase, self.context

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from apex_quant.errors import BusyError, InputError, ResourceError
+from apex_quant.errors import BusyError, InputError, ResourceError, UsageError
 from apex_quant.gguf import write_file
 
 STATE: Final = "state.json"
@@ -80,6 +80,17 @@ def digest_of(parts: Iterable[str]) -> str:
 def located(path: Path) -> Path:
     """Absolute, by the folder that it lies in: `..` and links to folders are followed, a link to a file stays."""
     return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+
+
+def is_folder(work: Path) -> bool:
+    """Whether WORK is there. Raises UsageError where a file has its place, or that of a folder above it."""
+    for place in (work, *work.parents):
+        with suppress(OSError):  # what may not even be looked at is told of by whoever uses it
+            if place.is_dir():
+                return place == work
+            if place.exists():
+                raise UsageError(f"{place}: is a file, not a folder", hint="--work names the folder of the run")
+    return False
 
 
 class State:

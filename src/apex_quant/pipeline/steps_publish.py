@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from apex_quant.errors import ResourceError
 from apex_quant.gguf import split
 from apex_quant.gguf.reader import SHARD_NAME
 from apex_quant.pipeline import disk
@@ -139,7 +140,7 @@ def publish_claims(context: Context, item: Item) -> Iterable[Path]:
 
 
 def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
-    """Upload, or without --yes say what would be uploaded.
+    """Upload, or without --yes say what would be uploaded, as far as the hub can be asked.
 
     Raises as publish(): quarantined files are refused; and InputError for files that were not verified or measured.
     """
@@ -151,18 +152,27 @@ def publish_work(context: Context, items: Sequence[Item]) -> Iterator[Done]:
         upload = item.parameters["upload"]
         require_proven(context)
         _split_large(context)
-        made = publish(
-            context.release,
-            given.repo,
-            private=given.private,
-            dry_run=not upload,
-            replace=given.replace,
-            progress=context.tell,
-            plan=context.tell,
-        )
+        try:
+            made = publish(
+                context.release,
+                given.repo,
+                private=given.private,
+                dry_run=not upload,
+                replace=given.replace,
+                progress=context.tell,
+                plan=context.tell,
+            )
+        except ResourceError as error:
+            if upload:
+                raise
+            # nothing was to leave this machine: the files are finished all the same, and the next run looks again
+            context.note("publish", f"{error.message}: what would be uploaded is not known")
+            del context.state.started["publish"][item.name]
+            context.state.save()
+        else:
+            yield Done(item, {}, {"published": made.to_json()})
         if not upload:
             context.note("publish", f"nothing was uploaded to {given.repo}: --yes does it")
-        yield Done(item, {}, {"published": made.to_json()})
 
 
 def _split_large(context: Context) -> None:

@@ -13,9 +13,12 @@ from apex_quant.checkpoint import CARD, CONFIG, architectures, conversion_files,
 from apex_quant.errors import ApexError, InputError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.gguf.reader import SHARD_NAME
+from apex_quant.model import facts
+from apex_quant.model.patterns import PROJECTOR_ARCHITECTURES
 from apex_quant.pipeline import steps_projector
 from apex_quant.pipeline.config import Convert, RunConfig
 from apex_quant.pipeline.context import Context
+from apex_quant.pipeline.describe import PLACEHOLDER
 from apex_quant.pipeline.disk import symlink
 from apex_quant.pipeline.phases import Done, Item
 from apex_quant.pipeline.state import STATE, digest_of, located
@@ -44,11 +47,16 @@ def _weights(context: Context) -> list[Item]:
 
 
 def check_source(config: RunConfig) -> None:
-    """Refuse a source on this disk that is none, by names and headers alone.
+    """Refuse a source on this disk that is none, by names and headers alone, and the example's.
 
-    Raises UsageError for settings of another kind of source, InputError for what is no model, and what describe()
-    raises.
+    Raises UsageError for no source and for settings of another kind of source, InputError for what is no model, and
+    what describe() raises.
     """
+    if config.is_hub and config.source == PLACEHOLDER:
+        raise UsageError(
+            f"source: is needed, and {PLACEHOLDER} only stands for it",
+            hint="edit the file: a hub id, a checkpoint's folder or a full-precision GGUF",
+        )
     if config.is_gguf and config.convert.mmproj is True:
         raise UsageError(
             "convert.mmproj: true makes the projector of a checkpoint, and the source is a GGUF",
@@ -65,8 +73,8 @@ def check_source(config: RunConfig) -> None:
             f"{path}: no such file or folder", hint="a hub id is ORG/NAME; a GGUF, a checkpoint's folder or a YAML file"
         )
     if config.source.lower().endswith(".gguf"):
-        with open_model(path):
-            return
+        _shards(path)
+        return
     if not path.is_dir():
         raise InputError(f"{path}: neither a GGUF nor a checkpoint's folder", hint="a GGUF file ends in .gguf")
     _described(path)
@@ -102,7 +110,11 @@ def source_claims(context: Context, item: Item) -> Iterable[Path]:
 
 
 def _shards(path: Path) -> list[Path]:
+    """The files of a GGUF. InputError for one that is no language model."""
     with open_model(path) as model:
+        facts(model)  # of an importance matrix or an adapter there are none
+        if model.architecture in PROJECTOR_ARCHITECTURES:
+            raise InputError(f"{path}: is a projector, not a model", hint="convert.mmproj takes it, beside a model")
         return [located(Path(file.path)) for file in model.files]
 
 
