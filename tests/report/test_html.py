@@ -118,6 +118,62 @@ def test_one_file_alone(tmp_path: Path) -> None:
         assert "larger than another" not in path.read_text()
 
 
+def test_every_mark_is_named_or_the_caption_says_how_many_are_not(tmp_path: Path) -> None:
+    """Names of marks that lie close together are led to by lines."""
+    for seed, (name, size) in enumerate((("m-first", 2000), ("m-second", 2001), ("m-third", 2002), ("m-last", 9000))):
+        add(tmp_path, name, scale=1.0, size=size, seed=seed)
+    page = page_of(tmp_path)
+    figure = next(part for part in page.split("<figure>") if part.startswith("<h3>Perplexity against size"))
+    named = [
+        name for name in ("first", "second", "third", "last") if re.search(rf'<text x="[^>]*>{name}</text>', figure)
+    ]
+    assert len(named) == 4
+    assert 'class="lead"' in figure
+    assert "left out" not in figure
+    for seed in range(60):
+        add(tmp_path, f"m-{seed}-of-a-crowd-of-many-names", scale=1.0, size=2000 + seed, seed=10 + seed)
+    figure = next(part for part in page_of(tmp_path).split("<figure>") if part.startswith("<h3>Perplexity against"))
+    written = len(
+        re.findall(
+            r'<text x="[^"]*" y="[^"]*" text-anchor="(?:start|end|middle)">[^<]*(?:m|first|second|third|last)', figure
+        )
+    )
+    left = re.search(r"(\d+) names are left out", figure)
+    assert left is not None
+    assert 0 < int(left[1]) < 64
+    assert written
+
+
+def test_marks_of_a_distribution_differ(tmp_path: Path) -> None:
+    """Each quantity has an outline of its own, and the legend names those that are drawn."""
+    add(tmp_path, "m-a", scale=1.0)
+    figure = next(part for part in page_of(tmp_path).split("<figure>") if part.startswith("<h3>How the divergence"))
+    legend = re.findall(r"</svg> ([^<]*)</li>", figure)
+    assert legend == ["median", "mean", "99 %", "largest"]
+    glyphs = re.findall(r'<g class="any"><path d="([^"]*)"', figure)
+    assert len(set(glyphs)) == 4
+    marks = re.findall(r'<g class="mark[^>]*aria-label="([^"]*)"[^>]*>.*?<path d="M[-\d.]+ [-\d.]+([^"]*)"', figure)
+    assert len({outline for _, outline in marks}) == len(marks) == 4
+
+
+def test_pictures_are_links(tmp_path: Path) -> None:
+    """Those for a dark ground have none of their own; nothing else leads out of the page."""
+    add(tmp_path, "m-a", scale=1.0)
+    made = report(tmp_path, tmp_path / "out", formats=("html", "png"))
+    links = [attributes["href"] for attributes, _ in Page(made.paths["html"].read_text()).all("a")]
+    outside = [href for href in links if not href.startswith("#")]
+    assert outside
+    assert all((tmp_path / "out" / href).is_file() and "-dark" not in href for href in outside)
+    assert sorted(outside) == sorted(
+        f"plots/{name}" for name in made.paths if name.endswith(".png") and "-dark" not in name
+    )
+
+
+def test_columns_of_the_chooser_differ(page: Page) -> None:
+    heads = [text for _, text in page.all("th")]
+    assert heads.index("Weights") < heads.index("KV cache")
+
+
 def test_a_report_goes_into_a_folder(tmp_path: Path) -> None:
     add(tmp_path, "m-a", scale=0.5)
     (tmp_path / "text").write_text("a")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
@@ -31,7 +32,7 @@ from apex_quant.report.formats import (
     size_cell,
 )
 from apex_quant.report.gather import Gathered
-from apex_quant.report.page_charts import shape
+from apex_quant.report.page_charts import mark_of
 from apex_quant.report.page_data import CACHES, CONTEXTS, chooser_data, precision_data
 from apex_quant.report.page_figures import figures
 from apex_quant.report.pairs import Pairs
@@ -73,7 +74,8 @@ _LIMITS: Final = (
 
 
 def render(gathered: Gathered, found: Sentences, pairs: Pairs, *, pictures: Sequence[str] = ()) -> str:
-    """The page. `found`: what may be said; `pairs`: comparisons made so far; `pictures`: names of plots beside it."""
+    """The page. `found`: what may be said; `pairs`: comparisons made so far; `pictures`: names of plots beside it, of
+    which those for a dark ground have no link of their own."""
     sources = Sources(gathered.entries)
     css, js = (_asset(name) for name in ("style.css", "script.js"))
     headers = {entry.label: header(entry.gguf) for entry in gathered.entries}
@@ -102,8 +104,8 @@ def render(gathered: Gathered, found: Sentences, pairs: Pairs, *, pictures: Sequ
         **_table(gathered, sources),
         "figures": figures(gathered, sources),
         "families": gathered.families,
-        "mark": shape,
-        "pictures": pictures,
+        "mark": mark_of,
+        "pictures": [name for name in pictures if not re.search(r"-dark\.\w+$", name)],
         "maps": [one["label"] for one in precision["maps"]],
         "key": _KEY,
         "type_tables": [_types(entry) for entry in gathered.entries if entry.precision is not None],
