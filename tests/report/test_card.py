@@ -238,9 +238,13 @@ def test_no_context_that_the_model_was_not_trained_for(tmp_path: Path) -> None:
     assert "-c 2048 --jinja" in text
     assert "For memory of (context 2,048)" in text
     assert "Warning" not in text
+    assert "not known" not in text
     _, text = parts(card(tmp_path, ctx=4096))
     assert "-c 4096 --jinja" in text
     assert "**Warning**: the model was trained on contexts of 2,048 tokens" in text
+    (tmp_path / "m-a.gguf").unlink()
+    _, text = parts(card(tmp_path))
+    assert "trained on contexts of 32,768 tokens is not known" in text
 
 
 def test_what_is_said_of_intervals_is_what_is_shown(tmp_path: Path) -> None:

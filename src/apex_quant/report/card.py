@@ -255,7 +255,9 @@ def _run(gathered: Gathered, memory: Memory, ctx: int, repo: str | None) -> str:
     text = "## Run\n\n```\n" + "\n".join(lines) + "\n```\n\nAny other file of the table goes in its place."
     text += " `-hff` names the file: `-hf REPO:QUANT` does not find files that are named by tier." if repo else ""
     beyond = memory.beyond(ctx)
-    return text + (f"\n\n**Warning**: {beyond}." if beyond else "")
+    text += f"\n\n**Warning**: {beyond}." if beyond else ""
+    unknown = f" Whether the model was trained on contexts of {ctx:,} tokens is not known: no header was at hand."
+    return text + (unknown if memory.trained is None else "")
 
 
 def _measured(gathered: Gathered) -> str:
