@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from apex_quant.recipe.planned import PlanOptions as PlanOptions
     from apex_quant.report.card import card as card
     from apex_quant.report.choose import choose as choose
+    from apex_quant.report.plot_frontier import plot_frontier as plot_frontier
     from apex_quant.runtime.options import SessionOptions as SessionOptions
     from apex_quant.serving.chat import chat as chat
     from apex_quant.serving.exports import export as export
@@ -71,6 +72,7 @@ _WHERE = {
     "export": "serving.exports",
     "chat": "serving.chat",
     "card": "report.card",
+    "plot_frontier": "report.plot_frontier",
     "choose": "report.choose",
 }
 

@@ -9,6 +9,7 @@ import pytest
 
 from apex_quant.allocation.frontier import frontier
 from apex_quant.errors import InputError, UsageError
+from apex_quant.report.plot_frontier import draw_frontier, plot_frontier
 from tests.allocation.costs import drawn
 from tests.helpers.cli import apex
 from tests.helpers.imatrix import random_imatrix
@@ -26,8 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_curve_falls(folder: Path) -> None:
     made = frontier(
-        folder / "moe.gguf", sensitivity=folder / "s.json", imatrix=folder / "imatrix.gguf", points=6,
-        out=folder / "curve.svg",
+        folder / "moe.gguf", sensitivity=folder / "s.json", imatrix=folder / "imatrix.gguf", points=6
     )  # fmt: skip
     assert len(made.points) == 6
     for before, after in zip(made.points, made.points[1:], strict=False):
@@ -38,7 +38,26 @@ def test_the_curve_falls(folder: Path) -> None:
     assert {row["tier"] for row in made.tiers} >= {"i-quality", "micro"}
     document = json.loads(json.dumps(made.to_json(), allow_nan=False))
     assert document["points"][0]["shadow_price"] >= 0
+    for kind, magic in (("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        path = plot_frontier(made, folder / f"curve.{kind}")
+        assert path.read_bytes().startswith(magic)
+        first = path.read_bytes()
+        assert plot_frontier(made, path).read_bytes() == first
     assert (folder / "curve.svg").read_text().count("<svg") == 1
+
+
+def test_every_tier_is_named_in_the_plot(folder: Path) -> None:
+    """Names lie neither on each other nor on marks."""
+    made = frontier(folder / "moe.gguf", sensitivity=folder / "s.json", imatrix=folder / "imatrix.gguf", points=6)
+    fig = draw_frontier(made)
+    assert {label.get_text() for label in fig.labels} == {row["tier"] for row in made.tiers}
+    boxes = [label.get_window_extent(fig.renderer) for label in fig.labels]
+    for k, a in enumerate(boxes):
+        assert not any(a.overlaps(b) for b in boxes[k + 1 :])
+    places = [(row["total_bytes"], row["predicted_kld"]) for row in made.tiers]
+    places += [(one.total_bytes, one.predicted_kld) for one in made.points]
+    for x, y in fig.axes[0].transData.transform(places):
+        assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for box in boxes)
 
 
 def test_without_importance_the_tiers_that_need_it_are_named(folder: Path) -> None:
@@ -78,8 +97,10 @@ def test_a_second_budget(folder: Path, tmp_path: Path) -> None:
 def test_wrong_use(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         frontier(folder / "moe.gguf", sensitivity=folder / "s.json", points=1)
-    with pytest.raises(UsageError, match="plot"):
-        frontier(folder / "moe.gguf", sensitivity=folder / "s.json", out=tmp_path / "x.txt")
+    words = ["frontier", str(folder / "moe.gguf"), "--sensitivity", str(folder / "s.json"), "-o"]
+    refused = apex(*words, str(tmp_path / "x.txt"))
+    assert refused.status == 2
+    assert "a plot ends in .png, .svg, .pdf" in refused.err
     other = write_random_gguf(tmp_path / "other.gguf", "qwen3moe", experts=4, sparse=True)
     with pytest.raises(InputError, match="another model"):
         frontier(other, sensitivity=folder / "s.json")

@@ -11,11 +11,12 @@ import gguf
 import pytest
 import yaml
 
-from apex_quant.errors import UsageError
+from apex_quant.errors import InputError, UsageError
 from apex_quant.publishable import kind_of
 from apex_quant.report.card import card, card_text
 from apex_quant.report.formats import code, markdown
 from apex_quant.report.gather import gather
+from tests.helpers.random_models import write_random_gguf
 from tests.report.results_folder import add, agrees, at, with_headers
 
 HOSTILE = "x|y`z`<script>alert(1)</script>[a](http://evil.example)\n# head\n---\n<!-- --> *b* \\"
@@ -199,7 +200,69 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
             card(folder, tmp_path / "README.md", **options)
     with pytest.raises(UsageError, match="where should the card go"):
         card([folder])
+    with pytest.raises(UsageError, match="a folder; the card is a file"):
+        card(folder, tmp_path)
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
+        card(tmp_path / "nowhere")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(InputError, match=r"nothing to describe: a\.txt"):
+        card(tmp_path / "a.txt")
     assert not (tmp_path / "README.md").exists()
+
+
+def test_whose_predictions(tmp_path: Path) -> None:
+    """Each file stands with its own hash."""
+    kept = {"path": "m.apexref", "form": "apexref", "sha256": "a" * 64, "model": "m.gguf", "model_sha256": "b" * 64}
+    add(tmp_path, "m-a", scale=1.0, reference=kept)
+    _, text = parts(card(tmp_path))
+    assert f"the predictions of `m.gguf` (sha256 `{'b' * 64}`), kept in `m.apexref` (sha256 `{'a' * 64}`)." in text
+    for name in "23":
+        (tmp_path / name).mkdir()
+    whole = {"path": "m.gguf", "form": "gguf", "model_sha256": "b" * 64}
+    add(tmp_path / "2", "m-a", scale=1.0, reference=whole)
+    assert f"Divergences are from `m.gguf` (sha256 `{'b' * 64}`)." in card(tmp_path / "2").read_text()
+    logits = {"path": "m.logits", "form": "logits"}
+    add(tmp_path / "3", "m-a", scale=1.0, reference=logits)
+    assert "Divergences are from the predictions kept in `m.logits`." in card(tmp_path / "3").read_text()
+
+
+def trained_on(folder: Path, ctx: int) -> None:
+    """A file with results whose header says on what it was trained."""
+    model = write_random_gguf(folder / "m-a.gguf", "qwen3moe", layers="M", metadata={"qwen3moe.context_length": ctx})
+    add(folder, "m-a", scale=1.0, size=model.stat().st_size)
+
+
+def test_no_context_that_the_model_was_not_trained_for(tmp_path: Path) -> None:
+    trained_on(tmp_path, 2048)
+    _, text = parts(card(tmp_path))
+    assert "-c 2048 --jinja" in text
+    assert "For memory of (context 2,048)" in text
+    assert "Warning" not in text
+    assert "not known" not in text
+    _, text = parts(card(tmp_path, ctx=4096))
+    assert "-c 4096 --jinja" in text
+    assert "**Warning**: the model was trained on contexts of 2,048 tokens" in text
+    (tmp_path / "m-a.gguf").unlink()
+    _, text = parts(card(tmp_path))
+    assert "trained on contexts of 32,768 tokens is not known" in text
+
+
+def test_what_is_said_of_intervals_is_what_is_shown(tmp_path: Path) -> None:
+    """Where results have too little text for an interval the card says so, with the reason."""
+    path = add(tmp_path, "m-a", scale=1.0)
+    _, text = parts(card(tmp_path))
+    assert "Brackets hold 95 % intervals; ± is a standard error; ± of speeds is a standard deviation; a value " in text
+    document = json.loads(path.read_text())
+    note = "too few: 5 chunks, an interval takes at least 32"
+    none = {"low": None, "high": None, "note": note}
+    kld = document["metrics"]["kld"]
+    document["metrics"] = {"kld": {"mean": kld["mean"] | none, "top1_agreement": kld["top1_agreement"] | none}}
+    path.write_text(json.dumps(document))
+    _, text = parts(card(tmp_path))
+    assert "No value has an interval." in text
+    assert "95 % intervals" not in text
+    missing = text.split("## Not measured")[1]
+    assert f"a: no 95 % interval of mean KLD, same top token ({note})" in missing
 
 
 def test_the_same_results_give_the_same_card(folder: Path) -> None:

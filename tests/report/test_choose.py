@@ -14,6 +14,7 @@ from apex_quant.gguf import open_model
 from apex_quant.model.kv_cache import kv_cache
 from apex_quant.report.choose import UNKNOWN_BYTES, choose, compute_buffers, parse_ctx
 from apex_quant.report.gather import Gathered, gather
+from tests.helpers.random_models import write_random_gguf
 from tests.report.results_folder import add, with_headers
 
 GIB = 1 << 30
@@ -89,6 +90,14 @@ def test_without_headers_or_numbers_per_token(tmp_path: Path) -> None:
     assert "KV cache is not counted" in found.sentence
     assert found.unpaired == ("b",)
     assert any("no header at hand: a, b" in note for note in found.notes)
+
+
+def test_beyond_what_the_model_was_trained_on(tmp_path: Path) -> None:
+    metadata: dict[str, str | int | float | bool] = {"qwen3moe.context_length": 2048}
+    model = write_random_gguf(tmp_path / "m-a.gguf", "qwen3moe", layers="M", metadata=metadata)
+    add(tmp_path, "m-a", scale=1.0, size=model.stat().st_size)
+    assert any("trained on contexts of 2,048 tokens" in note for note in choose(tmp_path, vram=GIB, ctx=2049).notes)
+    assert not any("trained" in note for note in choose(tmp_path, vram=GIB, ctx=2048).notes)
 
 
 def test_a_header_of_the_same_model_does(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from apex_quant.errors import InputError
+from apex_quant.errors import InputError, UsageError
 from apex_quant.evaluation.compare import NOT_SHOWN, compare
 from apex_quant.evaluation.results import load
 from apex_quant.report.card import card
@@ -20,6 +20,7 @@ from apex_quant.report.formats import Sources, rounded
 from apex_quant.report.gather import gather
 from apex_quant.report.html import LIMIT_BYTES
 from apex_quant.report.report import report
+from tests.helpers.random_models import write_random_gguf
 from tests.report.results_folder import Page, add, agrees, at, page_of, with_headers
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{7*7}}{% raw %}'
@@ -108,6 +109,88 @@ def test_ties_claim_nothing(tmp_path: Path) -> None:
     assert not re.search(r"has (lower|higher)|\boutperform", shown)
 
 
+def test_one_file_alone(tmp_path: Path) -> None:
+    """Nothing is said of others where there are none."""
+    add(tmp_path, "m-large", scale=0.5)
+    made = report(tmp_path, tmp_path / "out", formats=("html", "md"))
+    for path in made.paths.values():
+        assert "Only one file was measured." in path.read_text()
+        assert "larger than another" not in path.read_text()
+
+
+def test_every_mark_is_named_or_the_caption_says_how_many_are_not(tmp_path: Path) -> None:
+    """Names of marks that lie close together are led to by lines."""
+    for seed, (name, size) in enumerate((("m-first", 2000), ("m-second", 2001), ("m-third", 2002), ("m-last", 9000))):
+        add(tmp_path, name, scale=1.0, size=size, seed=seed)
+    page = page_of(tmp_path)
+    figure = next(part for part in page.split("<figure>") if part.startswith("<h3>Perplexity against size"))
+    named = [
+        name for name in ("first", "second", "third", "last") if re.search(rf'<text x="[^>]*>{name}</text>', figure)
+    ]
+    assert len(named) == 4
+    assert 'class="lead"' in figure
+    assert "left out" not in figure
+    for seed in range(60):
+        add(tmp_path, f"m-{seed}-of-a-crowd-of-many-names", scale=1.0, size=2000 + seed, seed=10 + seed)
+    figure = next(part for part in page_of(tmp_path).split("<figure>") if part.startswith("<h3>Perplexity against"))
+    written = len(
+        re.findall(
+            r'<text x="[^"]*" y="[^"]*" text-anchor="(?:start|end|middle)">[^<]*(?:m|first|second|third|last)', figure
+        )
+    )
+    left = re.search(r"(\d+) names are left out", figure)
+    assert left is not None
+    assert 0 < int(left[1]) < 64
+    assert written
+
+
+def test_marks_of_a_distribution_differ(tmp_path: Path) -> None:
+    """Each quantity has an outline of its own, and the legend names those that are drawn."""
+    add(tmp_path, "m-a", scale=1.0)
+    figure = next(part for part in page_of(tmp_path).split("<figure>") if part.startswith("<h3>How the divergence"))
+    legend = re.findall(r"</svg> ([^<]*)</li>", figure)
+    assert legend == ["median", "mean", "99 %", "largest"]
+    glyphs = re.findall(r'<g class="any"><path d="([^"]*)"', figure)
+    assert len(set(glyphs)) == 4
+    marks = re.findall(r'<g class="mark[^>]*aria-label="([^"]*)"[^>]*>.*?<path d="M[-\d.]+ [-\d.]+([^"]*)"', figure)
+    assert len({outline for _, outline in marks}) == len(marks) == 4
+
+
+def test_pictures_are_links(tmp_path: Path) -> None:
+    """Those for a dark ground have none of their own; nothing else leads out of the page."""
+    add(tmp_path, "m-a", scale=1.0)
+    made = report(tmp_path, tmp_path / "out", formats=("html", "png"))
+    links = [attributes["href"] for attributes, _ in Page(made.paths["html"].read_text()).all("a")]
+    outside = [href for href in links if not href.startswith("#")]
+    assert outside
+    assert all((tmp_path / "out" / href).is_file() and "-dark" not in href for href in outside)
+    assert sorted(outside) == sorted(
+        f"plots/{name}" for name in made.paths if name.endswith(".png") and "-dark" not in name
+    )
+
+
+def test_columns_of_the_chooser_differ(page: Page) -> None:
+    heads = [text for _, text in page.all("th")]
+    assert heads.index("Weights") < heads.index("KV cache")
+
+
+def test_a_report_goes_into_a_folder(tmp_path: Path) -> None:
+    add(tmp_path, "m-a", scale=0.5)
+    (tmp_path / "text").write_text("a")
+    for out in ("text", "text/deeper"):
+        with pytest.raises(UsageError, match="text: not a folder"):
+            report(tmp_path, tmp_path / out)
+
+
+def test_commands_name_a_context_that_the_model_was_trained_for(tmp_path: Path) -> None:
+    metadata: dict[str, str | int | float | bool] = {"qwen3moe.context_length": 2048}
+    model = write_random_gguf(tmp_path / "m-a.gguf", "qwen3moe", layers="M", metadata=metadata)
+    add(tmp_path, "m-a", scale=1.0, size=model.stat().st_size)
+    html = page_of(tmp_path)
+    assert "-c 2048 --jinja" in html
+    assert "trained on contexts of 2,048 tokens" in html
+
+
 def test_larger_files_are_no_news(tmp_path: Path) -> None:
     """Less divergence for more bytes is no claim; it is one at no more bytes, whoever's it is."""
     add(tmp_path, "m-large", scale=0.5, size=2000, seed=1)
@@ -173,7 +256,7 @@ def test_what_is_there(folder: Path, page: Page) -> None:
     assert {"What was shown", "Which file should I take?", "Files", "Plots", "Precision map", "Worst tokens",
             "Run, make and measure again", "What was not measured", "Hashes and versions"} <= headings  # fmt: skip
     code = "\n".join(text for _, text in page.all("code"))
-    assert "llama-server -m tiny-small.gguf -c 32768" in code
+    assert "llama-server -m tiny-small.gguf -c 512" in code  # the trained length
     assert "apex eval tiny-small.gguf --reference tiny-BF16.gguf" in code
     digests = " ".join(text for attributes, text in page.all("td") if "hash" in attributes.get("class", ""))
     for path in folder.glob("*.json"):
@@ -222,8 +305,9 @@ def test_partial_and_broken_folders(tmp_path: Path) -> None:
     assert "Not usable" in made.paths["md"].read_text()
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "cut.json").write_text('{"schema": "apex.results/1"')
-    alone = report(tmp_path / "only", tmp_path / "out2", formats=("html",))
-    assert "cut.json" in alone.paths["html"].read_text()
+    with pytest.raises(InputError, match=r"nothing to describe: cut\.json"):
+        report(tmp_path / "only", tmp_path / "out2", formats=("html",))
+    assert not (tmp_path / "out2").exists()
     with pytest.raises(InputError, match=r"nothing to describe: cut\.json"):
         card(tmp_path / "only")
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from apex_quant.evaluation.results import load
 from apex_quant.evaluation.schema import Results
 from apex_quant.report.examples import example
 from apex_quant.report.gather import gather
-from apex_quant.report.imports import FORMS, NotImportableError, import_results
+from apex_quant.report.imports import FORMS, MAX_BYTES, NotImportableError, import_results
 from apex_quant.report.pareto import front, rivals
 
 DIVERGENCE = """\
@@ -271,6 +272,15 @@ def test_files_of_no_form(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.txt").write_text(text)
     with pytest.raises(NotImportableError):
         import_results(tmp_path / "x.txt")
+
+
+def test_a_model_is_refused_unread(tmp_path: Path) -> None:
+    """However large: this one is longer than what is read of results."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    os.truncate(path, MAX_BYTES + 1)
+    with pytest.raises(NotImportableError, match=r"m\.gguf: a model, not results"):
+        import_results(path)
 
 
 def test_forms_can_be_named(tmp_path: Path) -> None:

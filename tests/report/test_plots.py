@@ -92,7 +92,8 @@ def test_points_and_intervals_are_the_numbers(gathered: Gathered) -> None:
     assert {label.get_text() for label in fig.labels} == {one.entry.label for one in rows}
     assert {mark.label for mark in fig.marks} == {one.entry.label for one in rows}
     best = next(line for line in ax.lines if line.get_gid() == "kld-vs-size-front")
-    assert np.asarray(best.get_ydata()).tolist() == [one.number.value for one in front(rows)]
+    values = [one.number.value for one in front(rows)]
+    assert np.asarray(best.get_ydata()).tolist() == [y for y in values for _ in range(2)][:-1]  # a step
     low, high = ax.get_ylim()
     assert low < min(one.number.low or 1 for one in rows)
     assert high > max(one.number.high or 0 for one in rows)
@@ -225,6 +226,41 @@ def test_routers_by_layer(gathered: Gathered) -> None:
         [100 * row.changed.value for row in entry.routers()]
     )
     assert any(label.get_text() == "Mini  9.00 % [8.10, 9.90]" for label in fig.labels)
+
+
+def test_what_is_said_of_intervals_is_drawn(tmp_path: Path) -> None:
+    """Results of little text have neither intervals nor a 99.9 % KLD, and no word of either stands in the plots."""
+    for name, kld in (("m-a", 0.1), ("m-b", 0.2)):
+        found = metrics(kld)
+        none = {"low": None, "high": None, "note": "too few"}
+        found["kld"] |= {"mean": found["kld"]["mean"] | none, "p99_9": {"value": None, **none}}
+        found["router"]["changed_interval"] |= none
+        write(tmp_path, name, kld, 10**9, metrics=found)
+    gathered = gather([tmp_path])
+    routers = "\n".join(text.get_text() for text in drawn("routers", gathered).texts)
+    assert "95 %" not in routers
+    assert "no intervals are known" in routers
+    fig = drawn("kld-distribution", gathered)
+    (legend,) = fig.legends
+    said = [text.get_text() for text in (*fig.texts, *legend.get_texts())]
+    assert not [text for text in said if "99.9 %" in text or "one in a thousand" in text]
+    assert {"median", "99 %", "largest"} <= set(said)
+
+
+def test_bubbles_on_each_other_are_told_apart() -> None:
+    """A line leads from the mark in the middle of each to its label, and crosses no other one's mark."""
+    fig = drawn("bubbles", example())
+    ax = fig.axes[0]
+    ends = [line for line in (np.asarray(line.get_xydata()) for line in ax.lines) if len(line) == 2]
+    points = {one.entry.label: (float(one.entry.bytes or 0), one.number.value) for one in example().shown("kld")}
+    at = ax.transData.transform
+    for label in ("Quality", "I-Quality", "Balanced", "I-Balanced"):
+        centre = at(points[label])
+        near = [line for line in ends if np.hypot(*(at(line[0]) - centre)) < 6]
+        assert near, label
+        (box,) = [text.get_window_extent(fig.renderer) for text in fig.labels if text.get_text() == label]
+        tips = [at(line[1]) for line in near]
+        assert any(box.x0 - 3 <= x <= box.x1 + 3 and box.y0 - 3 <= y <= box.y1 + 3 for x, y in tips), label
 
 
 def test_precision_map(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from apex_quant.recipe.tiers import published_tiers
 from apex_quant.runtime.options import SessionOptions
 
 POINTS: Final = 24
-_FORMATS: Final = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ def frontier(
     speeds: str | Path | Speeds | None = None,
     max_slowdown: float = 1.0,
     points: int = POINTS,
-    out: str | Path | None = None,
     session: SessionOptions | None = None,
     measuring: Mapping[str, Any] | None = None,
     options: PlanOptions | None = None,
@@ -90,14 +88,12 @@ def frontier(
 ) -> Frontier:
     """The whole curve of size against least predicted KLD, at `points` sizes, evenly spread in bits per weight.
 
-    `out`: a plot (.png, .svg, .pdf). `progress`: while sensitivities are measured, where none are given. The other
+    report.plot_frontier draws it. `progress`: while sensitivities are measured, where none are given. The other
     arguments are those of optimize(); predictions are not measurements, and the ends of the curve are further from the
     truth than its middle (docs/method.md).
     """
     if points < 2:
         raise UsageError(f"{points} points make no curve: at least 2")
-    if out is not None and Path(out).suffix.lower() not in _FORMATS:
-        raise UsageError(f"{out}: a plot ends in {', '.join(_FORMATS)}")
     plan_options = options or PlanOptions()
     refuse_options(plan_options, BESIDE, "frontier")
     constraints = Constraints(
@@ -122,10 +118,7 @@ def frontier(
         sizes = [smallest + (largest - smallest) * place // (points - 1) for place in range(points)]
         found = tuple(_point(space, size) for size in sizes)
         tiers, left_out = _tiers(space)
-        made = Frontier(display_name(opened), found, tiers, left_out, Path(out) if out else None, (*said, *space.notes))
-    if out is not None:
-        plot(made, Path(out))
-    return made
+        return Frontier(display_name(opened), found, tiers, left_out, None, (*said, *space.notes))
 
 
 def _point(space: Space, target: int) -> Point:
@@ -160,33 +153,3 @@ def _tiers(space: Space) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
             continue
         rows.append({"tier": tier.name, "total_bytes": planned.total_bytes, "predicted_kld": predicted})
     return tuple(rows), tuple(left_out)
-
-
-def plot(made: Frontier, path: Path) -> None:
-    """Size against predicted KLD, logarithmic. Raises UsageError where it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shown = [point for point in made.points if point.predicted_kld > 0]
-    axes.plot([p.total_bytes / 1e6 for p in shown], [p.predicted_kld for p in shown], marker="o", ms=3,
-              label="measured allocation")  # fmt: skip
-    for row in made.tiers:
-        if row["predicted_kld"] > 0:
-            axes.plot(row["total_bytes"] / 1e6, row["predicted_kld"], "s", color="tab:orange")
-            axes.annotate(row["tier"], (row["total_bytes"] / 1e6, row["predicted_kld"]), xytext=(4, 4),
-                          textcoords="offset points", fontsize=8)  # fmt: skip
-    if made.tiers:
-        axes.plot([], [], "s", color="tab:orange", label="published tiers")
-    axes.set_yscale("log")
-    axes.set_xlabel("file size, MB (10^6 bytes)")
-    axes.set_ylabel("predicted mean KLD, nats per token")
-    axes.set_title(made.model)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None

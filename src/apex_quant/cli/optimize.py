@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,7 +219,10 @@ def frontier(
     from apex_quant.allocation.constraints import EQUAL, minimums
     from apex_quant.allocation.frontier import frontier as run
     from apex_quant.recipe.planned import PlanOptions
+    from apex_quant.report.plot_frontier import check_format, plot_frontier
 
+    out = out or Path(f"{model.stem}.frontier.svg")
+    check_format(out)
     session = session_options(threads, gpu_layers, cpu_experts, tensor_split, tensor_buffers, no_mmap=False)
     with OptimizeBar(f"frontier of {model.stem}") as bar:
         made = run(
@@ -235,9 +239,9 @@ def frontier(
             options=PlanOptions(fill=fill),
             session=session,
             points=points,
-            out=out or Path(f"{model.stem}.frontier.svg"),
             progress=bar,
         )
+    made = replace(made, plot=plot_frontier(made, out))
     if as_json:
         print_json(made.to_json())
     else:

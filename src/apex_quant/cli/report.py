@@ -83,7 +83,10 @@ def card(
     ] = None,
     reference: Reference = None,
     family: Families = None,
-    ctx: Annotated[str, typer.Option("--ctx", metavar="N", help="context for which memory is stated")] = "32k",
+    ctx: Annotated[
+        str | None,
+        typer.Option("--ctx", metavar="N", help="context for memory and commands (default: 32k, or the trained one)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A model card for the hub: front matter, files with intervals, calibration, hashes, and only earned claims."""
@@ -99,7 +102,7 @@ def card(
         repo=repo,
         reference=reference,
         family=family or (),
-        ctx=parse_ctx(ctx),
+        ctx=None if ctx is None else parse_ctx(ctx),
     )
     if as_json:
         print_json({"path": str(path), "bytes": path.stat().st_size})

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from apex_quant.errors import InputError, UsageError
-from apex_quant.report.choose import CTX, Memory, with_results
+from apex_quant.errors import UsageError
+from apex_quant.report.choose import Memory, with_results
 from apex_quant.report.entry import Entry
 from apex_quant.report.formats import (
+    HELD,
     Cell,
     Sources,
     bpw_cell,
@@ -44,13 +45,18 @@ from apex_quant.report.provenance import (
     versions,
 )  # fmt: skip
 from apex_quant.report.quantities import QUANTITIES, TASK_KEYS
-from apex_quant.report.report import write
+from apex_quant.report.report import require_entries, write
 from apex_quant.report.sentences import Sentences, sentences
 
 MEMORIES: Final = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
 """GiB that graphics cards and machines come with."""
 _MAIN: Final = ("kld", "kld_p99_9", "ppl", "tg")
 _MORE: Final = ("kld_max", "top1", "router", *TASK_KEYS, "pp")
+_HELD: Final = {
+    HELD["interval"]: "brackets hold 95 % intervals",
+    HELD["error"]: "± is a standard error",
+    HELD["deviation"]: "± of speeds is a standard deviation",
+}
 _REPO: Final = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _WORD: Final = re.compile(r"[a-z0-9][a-z0-9._+-]{0,63}", re.ASCII)
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}", re.ASCII)
@@ -66,16 +72,17 @@ def card(
     repo: str | None = None,
     reference: str | None = None,
     family: Sequence[str] = (),
-    ctx: int = CTX,
+    ctx: int | None = None,
 ) -> Path:
     """Write the card of `place` (a folder with results, and its folder "results") to `out`, by default README.md in it.
 
     `base_model` (ORG/NAME) and `license` (the hub's name of it) default to what the files' headers say. `repo`: where
-    the files go, for commands; its owner is `quantized_by` unless that is given. `ctx`: context for which memory is
-    stated. An existing card is replaced whole.
+    the files go, for commands; its owner is `quantized_by` unless that is given. `ctx`: context in tokens for
+    which memory is stated and which commands name; by default 32,768, or what the model was trained on where that is
+    less. An existing card is replaced whole.
 
-    Raises UsageError for names that cannot be, and where `out` cannot be told; InputError where no results can be read;
-    as gather() and report().
+    Raises UsageError for names that cannot be, where `out` is a folder or cannot be told; InputError where no results
+    can be read; as gather() and report().
     """
     for what, name in (("base model", base_model), ("repository", repo)):
         if name is not None and not _REPO.fullmatch(name):
@@ -83,15 +90,13 @@ def card(
     for what, name in (("license", license), ("quantizer", quantized_by)):
         if name is not None and not _WORD.fullmatch(name.lower()):
             raise UsageError(f"{name!r} is not the name of a {what}")
+    if out is not None and Path(out).is_dir():
+        raise UsageError(f"{out}: a folder; the card is a file", hint=f"-o {Path(out) / 'README.md'}")
+    gathered = place if isinstance(place, Gathered) else gather(with_results(place), reference=reference, family=family)
+    require_entries(gathered)
     if out is None and not (isinstance(place, str | Path) and Path(place).is_dir()):
         raise UsageError("where should the card go?", hint="-o README.md")
     target = Path(out) if out is not None else Path(str(place)) / "README.md"
-    gathered = place if isinstance(place, Gathered) else gather(with_results(place), reference=reference, family=family)
-    if not gathered.entries:
-        raise InputError(
-            "no results that can be read, so there is nothing to describe: " + "; ".join(missing_lines(gathered)[:3]),
-            hint="apex eval MODEL -o results.json makes them",
-        )
     owner = quantized_by or (repo.partition("/")[0] if repo else None)
     return write(
         target, card_text(gathered, base_model=base_model, license=license, quantized_by=owner, repo=repo, ctx=ctx)
@@ -105,10 +110,11 @@ def card_text(
     license: str | None = None,
     quantized_by: str | None = None,
     repo: str | None = None,
-    ctx: int = CTX,
+    ctx: int | None = None,
 ) -> str:
     """The card's text."""
-    pairs = Pairs()
+    pairs, memory = Pairs(), Memory(gathered.entries)
+    ctx = memory.usual_ctx() if ctx is None else ctx
     found = sentences(gathered, pairs)
     headers = {entry.label: header(entry.gguf) for entry in gathered.entries}
     known = [one for one in headers.values() if one is not None]
@@ -119,8 +125,8 @@ def card_text(
         front_matter(known, base, licensed, quantized_by),
         _opening(gathered, base, known),
         _quotes(found),
-        _files(gathered, ctx, repo),
-        _run(gathered, ctx, repo),
+        _files(gathered, memory, ctx, repo),
+        _run(gathered, memory, ctx, repo),
         _measured(gathered),
         _calibration(gathered, known),
         _provenance(gathered, headers),
@@ -179,9 +185,9 @@ def _quotes(found: Sentences) -> str:
     )
 
 
-def _files(gathered: Gathered, ctx: int, repo: str | None) -> str:
+def _files(gathered: Gathered, memory: Memory, ctx: int, repo: str | None) -> str:
     entries = [entry for entry in gathered.entries if not entry.is_reference]
-    sources, memory = Sources(gathered.entries), Memory(gathered.entries)
+    sources = Sources(gathered.entries)
     unit = bytes_unit(entry.bytes or 0 for entry in entries)
     columns = _columns(entries, _MAIN, unit, sources)
     rows = []
@@ -193,9 +199,8 @@ def _files(gathered: Gathered, ctx: int, repo: str | None) -> str:
     heads = ["File", *(title for title, _, _ in columns), f"For memory of (context {ctx:,})"]
     text = "## Files\n\n" + markdown_table(heads, rows)
     text += (
-        "\n\nValues are given with 95 % intervals, or with their standard error (±; of speeds the standard deviation). "
-        "The memory is the smallest usual one that holds the whole file, the f16 KV cache and an allowance for compute "
-        "buffers; with less, part of the file runs from main memory, slower."
+        f"\n\n{_sureness(entries, sources)}The memory is the smallest usual one that holds the whole file, the f16 KV "
+        "cache and an allowance for compute buffers; with less, part of the file runs from main memory, slower."
     )
     if "kld" in measured(entries):
         text += " KLD is the divergence from the full-precision model in nats per token: 0 is identical."
@@ -204,6 +209,16 @@ def _files(gathered: Gathered, ctx: int, repo: str | None) -> str:
         rows = [[markdown(entry.label), *(markdown(make(entry).text) for _, _, make in more)] for entry in entries]
         text += "\n\n### More measurements\n\n" + markdown_table(["File", *(title for title, _, _ in more)], rows)
     return text
+
+
+def _sureness(entries: Sequence[Entry], sources: Sources) -> str:
+    """What stands beside the values, of what does."""
+    shown = [cell(entry, key, sources) for entry in entries for key in (*_MAIN, *_MORE)]
+    held = {one.held for one in shown if one.main is not None}
+    parts = [text for kind, text in _HELD.items() if kind in held]
+    parts += ["a value with neither has no interval" if parts else "no value has an interval"] if "" in held else []
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}. " if text else ""
 
 
 def _columns(
@@ -231,16 +246,18 @@ def _for_whom(entry: Entry, memory: Memory, ctx: int) -> str:
     return text if kv is not None else f"{text}, KV cache not counted"
 
 
-def _run(gathered: Gathered, ctx: int, repo: str | None) -> str:
+def _run(gathered: Gathered, memory: Memory, ctx: int, repo: str | None) -> str:
     entries = [entry for entry in gathered.entries if not entry.is_reference and entry.file_name.endswith(".gguf")]
     if not entries:
         return ""
     middle = entries[len(entries) // 2]
     lines = [run_command(middle.file_name, ctx, repo=repo)]
     text = "## Run\n\n```\n" + "\n".join(lines) + "\n```\n\nAny other file of the table goes in its place."
-    return text + (
-        " `-hff` names the file: `-hf REPO:QUANT` does not find files that are named by tier." if repo else ""
-    )
+    text += " `-hff` names the file: `-hf REPO:QUANT` does not find files that are named by tier." if repo else ""
+    beyond = memory.beyond(ctx)
+    text += f"\n\n**Warning**: {beyond}." if beyond else ""
+    unknown = f" Whether the model was trained on contexts of {ctx:,} tokens is not known: no header was at hand."
+    return text + (unknown if memory.trained is None else "")
 
 
 def _measured(gathered: Gathered) -> str:
@@ -256,17 +273,29 @@ def _measured(gathered: Gathered) -> str:
             groups.setdefault("; ".join(part for part in (text, with_) if part) or "not stated", []).append(entry.label)
     for said_, labels in groups.items():
         lines.append(f"- {markdown(said_)} ({markdown(', '.join(dict.fromkeys(labels)))})")
-    about = gathered.about_reference or {}
-    digest = about.get("model_sha256") or about.get("sha256")
-    reference = (
-        f"Divergences are from {code(str(about.get('path') or about.get('name') or 'the reference'))}" if about else ""
-    )
-    reference += f" (sha256 {code(str(digest))})." if reference and digest else "." if reference else ""
+    reference = _reference(gathered.about_reference or {})
     commands = [line for entry in gathered.entries for line in eval_commands(entry)]
     shell = f"\n\n```\n{commands[0]}\n```" if commands else ""
     imported = [entry.label for entry in gathered.entries if entry.imported is not None]
     others = f"\n\nNumbers of others, as they published them: {markdown(', '.join(imported))}." if imported else ""
     return "## Measured\n\n" + (f"{reference}\n\n" if reference else "") + "\n".join(lines) + shell + others
+
+
+def _reference(about: Mapping[str, Any]) -> str:
+    """Whose predictions divergences are from, and the file that keeps them: each with its own hash."""
+    if not about:
+        return ""
+
+    def named(name: Any, digest: Any) -> str:
+        return (code(str(name)) if name else "a model") + (f" (sha256 {code(str(digest))})" if digest else "")
+
+    file, own, model = about.get("path") or about.get("name"), about.get("sha256"), about.get("model_sha256")
+    if about.get("form", "gguf") == "gguf" and own in (model, None):
+        return f"Divergences are from {named(file or 'the reference', model)}."
+    if not model:
+        return f"Divergences are from the predictions kept in {named(file or 'the reference', own)}."
+    kept = f", kept in {named(file, own)}" if file else ""
+    return f"Divergences are from the predictions of {named(about.get('model'), model)}{kept}."
 
 
 def _calibration(gathered: Gathered, known: Sequence[Header]) -> str:
@@ -315,9 +344,24 @@ def _not_measured(gathered: Gathered, base: str | None, license: str | None) -> 
     for entry in gathered.entries:
         groups.setdefault(", ".join(entry.not_measured()) or "nothing", []).append(entry.label)
     lines += [f"- {markdown(', '.join(labels))}: {markdown(what)}" for what, labels in groups.items()]
+    lines += [f"- {markdown(line)}" for line in _without_interval(gathered.entries)]
     unknown = [what for what, value in (("base model", base), ("license", license)) if value is None]
     lines += [f"- Not stated by any file: {', '.join(unknown)}."] if unknown else []
     return "## Not measured\n\n" + "\n".join(dict.fromkeys(lines))
+
+
+def _without_interval(entries: Sequence[Entry]) -> list[str]:
+    """Which of the values shown have no 95 % interval, and why, where the results say it."""
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        whys: dict[str, list[str]] = {}
+        for key in (*_MAIN, *_MORE):
+            number = entry.number(key)
+            if number is not None and number.low is None and number.note:
+                whys.setdefault(number.note, []).append(QUANTITIES[key].title)
+        for why, titles in whys.items():
+            groups.setdefault(f"no 95 % interval of {', '.join(titles)} ({why})", []).append(entry.label)
+    return [f"{', '.join(labels)}: {what}" for what, labels in groups.items()]
 
 
 def _trace(gathered: Gathered) -> str:

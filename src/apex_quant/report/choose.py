@@ -131,6 +131,22 @@ class Memory:
             self._bytes[wanted] = made.bytes
         return self._bytes[wanted]
 
+    @property
+    def trained(self) -> int | None:
+        """The fewest tokens that one of the models was trained on at once; None where no header says it."""
+        stated = (header.model.get("{arch}.context_length") for header in self._headers.values())
+        return min((one for one in stated if isinstance(one, int) and one > 0), default=None)
+
+    def usual_ctx(self) -> int:
+        """CTX, or less where the model was trained on less."""
+        return min(CTX, self.trained or CTX)
+
+    def beyond(self, ctx: int) -> str | None:
+        """A sentence where `ctx` is more than the model was trained on."""
+        if self.trained is None or ctx <= self.trained:
+            return None
+        return f"the model was trained on contexts of {self.trained:,} tokens; beyond that, as at {ctx:,}, it may fail"
+
     def compute_bytes(self, entry: Entry, ctx: int) -> int:
         """See compute_buffers."""
         header = self._headers.get(entry.label)
@@ -200,7 +216,7 @@ def choose(
         unpaired=tuple(unpaired),
         candidates=candidates,
         sentence=_sentence(best, ties, unpaired, candidates, key, len(fitting)),
-        notes=tuple(_notes(gathered, key, candidates, memory)),
+        notes=tuple(_notes(gathered, key, candidates, memory, ctx)),
         metric=key,
         vram=vram,
         ram=ram,
@@ -308,8 +324,10 @@ def _sentence(
     return text
 
 
-def _notes(gathered: Gathered, key: str, candidates: Sequence[Candidate], memory: Memory) -> list[str]:
-    notes = [one.sentence for one in gathered.set_aside(key)]
+def _notes(gathered: Gathered, key: str, candidates: Sequence[Candidate], memory: Memory, ctx: int) -> list[str]:
+    beyond = memory.beyond(ctx)
+    notes = [] if beyond is None else [beyond]
+    notes += [one.sentence for one in gathered.set_aside(key)]
     unknown = [one.label for one in candidates if one.kv_bytes is None]
     if unknown:
         notes.append(f"KV cache not counted, no header at hand: {', '.join(unknown)}")

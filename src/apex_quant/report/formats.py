@@ -26,7 +26,8 @@ TABLE: Final = (
     "pp", "tg",
 )  # fmt: skip
 """Quantities of the comparison table, where any file has them."""
-_HELD: Final = {"interval": "95 % interval", "error": "± 1.96 standard errors", "deviation": "± standard deviation"}
+HELD: Final = {"interval": "95 % interval", "error": "± standard error", "deviation": "± standard deviation"}
+"""What stands beside a value, as Cell.held says it."""
 _MARKUP: Final = re.compile(r"[\\`*{}|~$@]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|\.(?<=www\.)", re.ASCII | re.I)
 """What is markup anywhere: underscores inside of words, lone brackets and most punctuation are not."""
 _STARTS: Final = re.compile(r"(?<=^\d)[.)](?=\s|$)|^[-+=#:](?=[\s#=-]|$)", re.ASCII)
@@ -126,14 +127,13 @@ def cell_of(number: Number, key: str, source: str) -> Cell:
     if number.low is not None and number.high is not None:
         texts = rounded(*(one / scale for one in (number.value, number.low, number.high)))
         low, high = made(texts[1], number.low, "low"), made(texts[2], number.high, "high")
-        return Cell(made(texts[0], number.value), low, high, None, _HELD["interval"], "", number.test)
+        return Cell(made(texts[0], number.value), low, high, None, HELD["interval"], "", number.test)
     for name, error in (("error", number.error), ("deviation", number.deviation)):
         if error is not None:
             text, _, _ = rounded(*(one / scale for one in (number.value, number.value - error, number.value + error)))
             places = len(text.partition(".")[2])
             shown_error = made(f"{error / scale:.{places}f}", error, name)
-            held = "± standard error" if name == "error" else _HELD[name]
-            return Cell(made(text, number.value), None, None, shown_error, held, "", number.test)
+            return Cell(made(text, number.value), None, None, shown_error, HELD[name], "", number.test)
     return Cell(made(shown(key, number.value), number.value), note=number.note or "no interval", test=number.test)
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from apex_quant.errors import ApexError
 from apex_quant.evaluation.pertoken import read_bounded
 from apex_quant.evaluation.results import MAX_BYTES
+from apex_quant.report.choose import Memory
 from apex_quant.report.entry import Entry
 from apex_quant.report.experts import Coverage
 from apex_quant.report.formats import (
@@ -30,7 +32,7 @@ from apex_quant.report.formats import (
     size_cell,
 )
 from apex_quant.report.gather import Gathered
-from apex_quant.report.page_charts import shape
+from apex_quant.report.page_charts import mark_of
 from apex_quant.report.page_data import CACHES, CONTEXTS, chooser_data, precision_data
 from apex_quant.report.page_figures import figures
 from apex_quant.report.pairs import Pairs
@@ -72,12 +74,14 @@ _LIMITS: Final = (
 
 
 def render(gathered: Gathered, found: Sentences, pairs: Pairs, *, pictures: Sequence[str] = ()) -> str:
-    """The page. `found`: what may be said; `pairs`: comparisons made so far; `pictures`: names of plots beside it."""
+    """The page. `found`: what may be said; `pairs`: comparisons made so far; `pictures`: names of plots beside it, of
+    which those for a dark ground have no link of their own."""
     sources = Sources(gathered.entries)
     css, js = (_asset(name) for name in ("style.css", "script.js"))
     headers = {entry.label: header(entry.gguf) for entry in gathered.entries}
     precision = precision_data(gathered)
-    chooser = chooser_data(gathered, sources, pairs)
+    memory = Memory(gathered.entries)
+    chooser = chooser_data(gathered, sources, pairs, memory)
     view: dict[str, Any] = {
         "version": VERSION,
         "css": Markup(css),
@@ -95,18 +99,19 @@ def render(gathered: Gathered, found: Sentences, pairs: Pairs, *, pictures: Sequ
         "front": [_on_front(entry, number, str(found.key), sources) for entry, number in found.front],
         "chooser": chooser,
         "contexts": CONTEXTS,
+        "trained": memory.trained,
         "caches": CACHES,
         **_table(gathered, sources),
         "figures": figures(gathered, sources),
         "families": gathered.families,
-        "mark": shape,
-        "pictures": pictures,
+        "mark": mark_of,
+        "pictures": [name for name in pictures if not re.search(r"-dark\.\w+$", name)],
         "maps": [one["label"] for one in precision["maps"]],
         "key": _KEY,
         "type_tables": [_types(entry) for entry in gathered.entries if entry.precision is not None],
         "coverage": [_coverage(one) for one in gathered.coverage],
         **_worst(gathered),
-        "commands": [_commands(entry, headers[entry.label]) for entry in gathered.entries],
+        "commands": [_commands(entry, headers[entry.label], memory.usual_ctx()) for entry in gathered.entries],
         "command_note": "Paths are file names; how a file was made stands in its header as hashes, and commands follow "
         "from what header and results state.",
         "not_measured": [(entry.label, ", ".join(entry.not_measured()) or "nothing") for entry in gathered.entries],
@@ -128,6 +133,8 @@ def no_claims(found: Sentences) -> str:
     """What to say instead of claims."""
     if found.key is None:
         return "Neither divergence nor perplexity was measured, so no file can be called better than another."
+    if found.files < 2:
+        return "Only one file was measured." if found.files else "No file but the reference was measured."
     if not found.asked:
         return (
             "Each file that is larger than another has the lower "
@@ -302,10 +309,10 @@ def _bad(token: BadToken) -> dict[str, str]:
     }
 
 
-def _commands(entry: Entry, found: Header | None) -> dict[str, Any]:
+def _commands(entry: Entry, found: Header | None, ctx: int) -> dict[str, Any]:
     blocks: list[tuple[str, list[str]]] = []
     if entry.file_name.endswith(".gguf"):
-        blocks.append(("Run", [run_command(entry.file_name, 32768)]))
+        blocks.append(("Run", [run_command(entry.file_name, ctx)]))
     made = quantize_command(entry, found)
     blocks += [("Make", [made])] if made else []
     evaluated = eval_commands(entry)

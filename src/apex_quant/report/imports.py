@@ -61,6 +61,10 @@ def import_results(
     path = Path(path)
     if form is not None and form not in FORMS:
         raise UsageError(f"no form is called {form!r}", hint=f"known: {', '.join(FORMS)}")
+    if _is_model(path):  # refused unread: as a text it would be searched for a long time
+        raise NotImportableError(
+            f"{path}: a model, not results", hint=f"apex eval {path.name} -o results.json measures it"
+        )
     data = read_bounded(path, MAX_BYTES, "results to import")
     text = data.decode("utf-8-sig", "replace")
     stem = path.name.rpartition(".")[0] or path.name
@@ -76,6 +80,16 @@ def import_results(
     raise NotImportableError(
         f"{path}: nothing that can be imported{f' as {form}' if form else ''}", hint=f"known: {', '.join(FORMS)}"
     )
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        if not path.is_file():  # a pipe would block
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _as_results(

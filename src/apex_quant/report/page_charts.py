@@ -7,10 +7,10 @@ is drawn from. Families differ by shape and by colour.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from markupsafe import Markup
 
@@ -23,14 +23,21 @@ COLOURS: Final = 7
 _LARGEST: Final = 1e15
 _PLACES: Final = (
     (10, 4, "start"), (-10, 4, "end"), (8, -8, "start"), (8, 18, "start"), (-8, -8, "end"), (-8, 18, "end"),
-    (0, -12, "middle"), (0, 22, "middle"), (8, -20, "start"), (-8, 30, "end"),
+    (0, -12, "middle"), (0, 22, "middle"),
 )  # fmt: skip
+_PAD: Final = 4.0  # at both sides of a name
+_FAR: Final = (24, 36, 52, 72, 96, 124)  # distances at which a line leads from the mark to its label
+_ANGLES: Final = tuple(
+    math.radians(angle) for angle in (0, 180, 45, 315, 135, 225, 90, 270, 22, 338, 158, 202, 68, 292, 112, 248)
+)
 _Scale = Callable[[float], float]
+_Box = tuple[float, float, float, float]  # x0, y0, x1, y1; of a line its two ends
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mark: `style` (colour and shape), position, interval of y, what it says, what it was drawn from."""
+    """A mark: `style` (colour and shape), position, interval of y, what it says, what it was drawn from. `outline`: a
+    shape of OUTLINES other than its style's."""
 
     label: str
     style: int
@@ -40,6 +47,14 @@ class Point:
     high: float | None
     says: str
     traces: tuple[Traced, ...] = ()
+    outline: str | None = None
+
+
+class Drawn(NamedTuple):
+    """A chart, and how many of its marks have no name beside them for want of room."""
+
+    svg: Markup
+    unnamed: int
 
 
 @dataclass(frozen=True)
@@ -59,27 +74,54 @@ class Row:
     points: tuple[Point, ...]
 
 
+def _bar_shape(x: float, y: float, high: float) -> str:
+    return f"M{x - 1:.1f} {y - high:.1f}h2v{2 * high}h-2z"
+
+
+OUTLINES: Final[dict[str, Callable[[float, float, float], str]]] = {
+    "circle": lambda x, y, r: f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
+    "square": lambda x, y, r: f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}z",
+    "up": lambda x, y, r: f"M{x:.1f} {y - r - 1:.1f}l{r + 1} {2 * r + 1}h{-2 * r - 2}z",
+    "diamond": lambda x, y, r: f"M{x:.1f} {y - r - 1:.1f}l{r + 1} {r + 1}l{-r - 1} {r + 1}l{-r - 1} {-r - 1}z",
+    "down": lambda x, y, r: f"M{x:.1f} {y + r + 1:.1f}l{r + 1} {-2 * r - 1}h{-2 * r - 2}z",
+    "tall": lambda x, y, r: _bar_shape(x, y, r + 2),
+    "short": lambda x, y, r: _bar_shape(x, y, r - 2),
+    "thin": lambda x, y, r: f"M{x:.1f} {y - r - 1:.1f}l{r - 2} {r + 1}l{2 - r} {r + 1}l{2 - r} {-r - 1}z",
+    "cross": lambda x, y, r: (
+        f"M{x - r + 1:.1f} {y - r + 1:.1f}l{2 * r - 2} {2 * r - 2}m0 {2 - 2 * r}l{2 - 2 * r} {2 * r - 2}"
+    ),
+}
+"""Paths of marks around x, y of about this radius."""
+_OF_FAMILIES: Final = ("circle", "square", "up", "diamond", "down")
+
+
+def outlined(name: str, x: float, y: float, r: float = 5) -> Markup:
+    """One of OUTLINES."""
+    wide = Markup(' stroke-width="2"') if name == "cross" else Markup()
+    return Markup('<path d="{}"{}/>').format(OUTLINES[name](x, y, r), wide)
+
+
 def shape(style: int, x: float, y: float, r: float = 5) -> Markup:
     """One of five outlines, so that colour is not needed to tell families apart."""
-    outlines = (
-        f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
-        f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}z",
-        f"M{x:.1f} {y - r - 1:.1f}l{r + 1} {2 * r + 1}h{-2 * r - 2}z",
-        f"M{x:.1f} {y - r - 1:.1f}l{r + 1} {r + 1}l{-r - 1} {r + 1}l{-r - 1} {-r - 1}z",
-        f"M{x:.1f} {y + r + 1:.1f}l{r + 1} {-2 * r - 1}h{-2 * r - 2}z",
-    )
-    return Markup('<path d="{}"/>').format(outlines[style % len(outlines)])
+    return outlined(_OF_FAMILIES[style % len(_OF_FAMILIES)], x, y, r)
+
+
+def mark_of(style: int | str) -> Markup:
+    """What a legend shows: the mark of a style in its colour, or one of OUTLINES in none."""
+    if isinstance(style, str):
+        return Markup('<g class="any">{}</g>').format(outlined(style, 8, 8))
+    return Markup('<g class="c{}">{}</g>').format(style % COLOURS, shape(style, 8, 8))
 
 
 def scatter(
     points: Sequence[Point], x: Axis, y: Axis, title: str, *, front: bool = True, line: float | None = None
-) -> Markup:
+) -> Drawn:
     """Marks with vertical intervals; `front` joins those that nothing at most as far right lies below; `line` is a
-    reference's y. Labels stand where there is room; the others are said by their marks."""
+    reference's y. Labels stand where there is room, with lines to marks that are not near."""
     height = 330
     points = [one for one in points if _drawable(one)]
     if not points:
-        return Markup()
+        return Drawn(Markup(), 0)
     bounds = [end for one in points for end in (one.y, one.low, one.high) if end is not None]
     bounds += [] if line is None else [line]
     to_x, x_ticks = _scale(x, [one.x for one in points], _LEFT, WIDTH - _RIGHT)
@@ -87,7 +129,8 @@ def scatter(
     parts = [_grid(x_ticks, y_ticks, to_x, to_y, height), _titles(x.title, y.title, height)]
     if line is not None:
         parts.append(Markup('<path class="ref" d="M{} {}H{}"/>').format(_LEFT, f"{to_y(line):.1f}", WIDTH - _RIGHT))
-    taken = [(to_x(one.x) - 6, to_y(one.y) - 6, to_x(one.x) + 6, to_y(one.y) + 6) for one in points]
+    marks = [(to_x(one.x) - 6, to_y(one.y) - 6, to_x(one.x) + 6, to_y(one.y) + 6) for one in points]
+    taken = []
     if front:
         steps = _front(points, to_x, to_y)
         parts.append(_path(steps))
@@ -99,13 +142,16 @@ def scatter(
         for one in points
         if one.low is not None and one.high is not None
     ]
-    labels = []
+    room = _Room(height, marks, taken)
     for one in points:
         px, py = to_x(one.x), to_y(one.y)
         bar = _bar(px, to_y(one.low), px, to_y(one.high)) if one.low is not None and one.high is not None else Markup()
         parts.append(_mark(one, px, py, bar))
-        labels.append(_label(one.label, px, py, taken, height))
-    return _svg(title, height, [*parts, *labels])
+    near = [room.near(one.label, to_x(one.x), to_y(one.y)) for one in points]
+    late = [one for one, made in zip(points, near, strict=True) if made is None]
+    far = [room.far(one.label, to_x(one.x), to_y(one.y)) for one in late]
+    labels = [made for made in (*near, *far) if made is not None]
+    return Drawn(_svg(title, height, [*parts, *labels]), far.count(None))
 
 
 def ranges(rows: Sequence[Row], x: Axis, title: str, *, line: float | None = None) -> Markup:
@@ -178,8 +224,9 @@ def _mark(one: Point, x: float, y: float, bar: Markup, r: float = 5) -> Markup:
         '<circle class="halo" cx="{}" cy="{}" r="10"/></g>'
     )
     return group.format(
-        one.style % COLOURS, one.says, traces, values, one.says, bar, shape(one.style, x, y, r), f"{x:.1f}", f"{y:.1f}"
-    )
+        one.style % COLOURS, one.says, traces, values, one.says, bar,
+        shape(one.style, x, y, r) if one.outline is None else outlined(one.outline, x, y, r), f"{x:.1f}", f"{y:.1f}",
+    )  # fmt: skip
 
 
 def _bar(x0: float, y0: float, x1: float, y1: float) -> Markup:
@@ -206,28 +253,101 @@ def _path(steps: Sequence[tuple[float, float]]) -> Markup:
     return Markup('<path class="front" d="M{}"/>').format(where) if len(steps) > 1 else Markup()
 
 
-def _along(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+def _along(steps: Sequence[tuple[float, float]]) -> list[_Box]:
     """What the line covers, which labels keep away from."""
     return [
         (min(a[0], b[0]) - 1, min(a[1], b[1]) - 1, max(a[0], b[0]) + 1, max(a[1], b[1]) + 1) for a, b in pairwise(steps)
     ]
 
 
-def _label(text: str, x: float, y: float, taken: list[tuple[float, float, float, float]], height: int) -> Markup:
-    """The text beside its mark, where it covers nothing and stays inside; nothing where there is no such place."""
-    width = _LETTER * len(text)
-    for dx, dy, anchor in _PLACES:
-        left = x + dx - {"start": 0, "end": width, "middle": width / 2}[anchor]
-        box = (left, y + dy - _LINE + 3, left + width, y + dy + 3)
-        inside = box[0] > _LEFT and box[2] < WIDTH and box[1] > 0 and box[3] < height - _BOTTOM
-        if inside and not any(_overlap(box, other) for other in taken):
-            taken.append(box)
-            made = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>')
-            return made.format(f"{x + dx:.1f}", f"{y + dy:.1f}", anchor, text)
-    return Markup()
+class _Room:
+    """Where names may stand: not on `marks`, on what else was drawn, on each other or on each other's lines."""
+
+    def __init__(self, height: int, marks: Sequence[_Box], drawn: Sequence[_Box]) -> None:
+        self.inside = (float(_LEFT), 0.0, float(WIDTH), float(height - _BOTTOM))
+        self.marks, self.drawn = marks, drawn
+        self.names: list[_Box] = []
+        self.lines: list[_Box] = []
+
+    def near(self, text: str, x: float, y: float) -> Markup | None:
+        """The name beside its mark; None where there is no room."""
+        width = _LETTER * len(text)
+        for dx, dy, anchor in _PLACES:
+            left = x + dx - {"start": 0, "end": width, "middle": width / 2}[anchor]
+            box = (left, y + dy - _LINE + 3, left + width, y + dy + 3)
+            if self._free(box, self.drawn) and not self._nearer(box, x, y):
+                self.names.append(box)
+                return _text(text, x + dx, y + dy, anchor)
+        return None
+
+    def far(self, text: str, x: float, y: float) -> Markup | None:
+        """The name further away, with a line that crosses no other mark or name; None where there is no room. On what
+        else was drawn it may stand, before it is left out."""
+        for drawn in (self.drawn, ()):
+            for box in _around(_LETTER * len(text), x, y):
+                lead = _lead(x, y, box)
+                others = (*self.names, *(one for one in self.marks if not _overlap(one, (x - 1, y - 1, x + 1, y + 1))))
+                if self._free(box, drawn) and not any(_crosses(lead, other) for other in others):
+                    self.names.append(box)
+                    self.lines.append(lead)
+                    path = Markup('<path class="lead" d="M{} {}L{} {}"/>').format(*(f"{end:.1f}" for end in lead))
+                    return path + _text(text, box[0], box[3] - 3, "start")
+        return None
+
+    def _nearer(self, box: _Box, x: float, y: float) -> bool:
+        """Whether another mark is nearer to the name, which would be taken for that one's."""
+        others = [_gap((a + c) / 2, (b + d) / 2, box) for a, b, c, d in self.marks]
+        return sum(gap <= _gap(x, y, box) + 0.5 for gap in others) > 1
+
+    def _free(self, box: _Box, drawn: Sequence[_Box]) -> bool:
+        x0, y0, x1, y1 = self.inside
+        if box[0] <= x0 or box[1] <= y0 or box[2] >= x1 or box[3] >= y1:
+            return False
+        box = (box[0] - _PAD, box[1], box[2] + _PAD, box[3])
+        taken = (*self.marks, *drawn, *self.names)
+        return not any(_overlap(box, one) for one in taken) and not any(_crosses(one, box) for one in self.lines)
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _around(width: float, x: float, y: float) -> Iterator[_Box]:
+    """Places for a name, nearest first: the side that faces the mark is so far away."""
+    for distance in _FAR:
+        for angle in _ANGLES:
+            dx, dy = math.cos(angle), -math.sin(angle)
+            left, top = x + dx * distance - width * (1 - dx) / 2, y + dy * distance - _LINE * (1 - dy) / 2
+            yield left, top, left + width, top + _LINE
+
+
+def _lead(x: float, y: float, box: _Box) -> _Box:
+    """From the edge of a mark to the nearest place of a box."""
+    to_x, to_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    way = math.hypot(to_x - x, to_y - y) or 1.0
+    return x + 6 * (to_x - x) / way, y + 6 * (to_y - y) / way, to_x, to_y
+
+
+def _gap(x: float, y: float, box: _Box) -> float:
+    return math.hypot(min(max(x, box[0]), box[2]) - x, min(max(y, box[1]), box[3]) - y)
+
+
+def _crosses(line: _Box, box: _Box) -> bool:
+    """Whether a segment passes through a box (Liang and Barsky 1984)."""
+    low, high = 0.0, 1.0
+    for start, end, least, most in ((line[0], line[2], box[0], box[2]), (line[1], line[3], box[1], box[3])):
+        way = end - start
+        if way == 0:
+            if not least < start < most:
+                return False
+            continue
+        a, b = sorted(((least - start) / way, (most - start) / way))
+        low, high = max(low, a), min(high, b)
+    return low < high
+
+
+def _text(text: str, x: float, y: float, anchor: str) -> Markup:
+    made = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>')
+    return made.format(f"{x:.1f}", f"{y:.1f}", anchor, text)
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 

@@ -44,13 +44,12 @@ def precision_data(gathered: Gathered) -> dict[str, Any]:
     }
 
 
-def chooser_data(gathered: Gathered, sources: Sources, pairs: Pairs) -> dict[str, Any] | None:
+def chooser_data(gathered: Gathered, sources: Sources, pairs: Pairs, memory: Memory) -> dict[str, Any] | None:
     """Files best first, each with what it takes for every context and cache type; None when none can be ranked."""
     key = ranked_by(gathered)
     rows = ranked(gathered, key) if key is not None else []
     if key is None or not rows:
         return None
-    memory = Memory(gathered.entries)
     entries = [entry for entry, _ in rows]
     places = {entry.label: place for place, entry in enumerate(entries)}
     files = []

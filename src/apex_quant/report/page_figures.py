@@ -10,12 +10,17 @@ from markupsafe import Markup
 from apex_quant.report.entry import Entry
 from apex_quant.report.formats import Cell, Sources, Traced, bytes_unit, cell_of, size_cell
 from apex_quant.report.gather import Gathered
-from apex_quant.report.page_charts import Axis, Point, Row, lines, ranges, scatter
+from apex_quant.report.page_charts import Axis, Drawn, Point, Row, lines, mark_of, ranges, scatter
 from apex_quant.report.quantities import QUANTITIES, TASK_KEYS, Number
 
 MOST_ROWS: Final = 60
 MOST_LINES: Final = 8
-_TAILS: Final = ("kld_median", "kld", "kld_p90", "kld_p95", "kld_p99", "kld_p99_9", "kld_max")
+_TAILS: Final = {
+    "kld_median": ("median", "tall"), "kld": ("mean", "circle"), "kld_p90": ("90 %", "short"),
+    "kld_p95": ("95 %", "up"), "kld_p99": ("99 %", "thin"), "kld_p99_9": ("99.9 %", "diamond"),
+    "kld_max": ("largest", "cross"),
+}  # fmt: skip
+"""What the marks of a distribution are called, and their outlines: those of the picture, plots_rows.py."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Figure:
     title: str
     caption: str
     svg: Markup
-    legend: tuple[tuple[str, int], ...] = ()
+    legend: tuple[tuple[str, Markup], ...] = ()
     """What its colours and shapes mean, where they are not families."""
 
 
@@ -60,9 +65,9 @@ def _against_size(key: str, log: bool, gathered: Gathered, sources: Sources) -> 
     )
     said += "; the dashed step joins files that no smaller one is below."
     said += " The dotted line is the reference." if reference is not None else ""
-    svg = scatter(points, Axis(f"size, {unit[1]}"), Axis(QUANTITIES[key].axis, log), f"{title} against size",
-                  line=reference.value if reference is not None else None)  # fmt: skip
-    return Figure(f"{title[0].upper()}{title[1:]} against size", said, svg)
+    made = scatter(points, Axis(f"size, {unit[1]}"), Axis(QUANTITIES[key].axis, log), f"{title} against size",
+                   line=reference.value if reference is not None else None)  # fmt: skip
+    return Figure(f"{title[0].upper()}{title[1:]} against size", said + _unnamed(made), made.svg)
 
 
 def _against_speed(key: str, gathered: Gathered, sources: Sources) -> Figure | None:
@@ -74,10 +79,10 @@ def _against_speed(key: str, gathered: Gathered, sources: Sources) -> Figure | N
     for one in shown:
         speed = cell_of(speeds[one.entry.label], "tg", sources.name(one.entry.source_of("tg")))
         points.append(_point(one.entry, one.number, key, speed, "tokens/s", gathered, sources))
-    svg = scatter(points, Axis(QUANTITIES["tg"].axis), Axis(QUANTITIES[key].axis, True),
-                  f"{QUANTITIES[key].title} against generation speed", front=False)  # fmt: skip
+    made = scatter(points, Axis(QUANTITIES["tg"].axis), Axis(QUANTITIES[key].axis, True),
+                   f"{QUANTITIES[key].title} against generation speed", front=False)  # fmt: skip
     said = "Down and to the right is better. Speeds hold for the device they were measured on."
-    return Figure("Mean KLD against generation speed", said, svg)
+    return Figure("Mean KLD against generation speed", said + _unnamed(made), made.svg)
 
 
 def _point(entry: Entry, number: Number, key: str, x: Cell, x_unit: str, gathered: Gathered, sources: Sources) -> Point:
@@ -117,7 +122,7 @@ def _accuracy(key: str, gathered: Gathered, sources: Sources) -> Figure | None:
 
 def _tails(gathered: Gathered, sources: Sources) -> Figure | None:
     shown = [one for one in gathered.shown("kld") if one.entry is not gathered.reference]
-    rows = []
+    rows, drawn = [], set()
     for one in shown[:MOST_ROWS]:
         points = []
         for key in _TAILS:
@@ -125,18 +130,17 @@ def _tails(gathered: Gathered, sources: Sources) -> Figure | None:
             if number is not None and number.value > 0:
                 found = cell_of(number, key, sources.name(one.entry.source_of(key)))
                 says = f"{one.entry.label}: {QUANTITIES[key].title} {found.text} nats"
-                points.append(
-                    Point("", style_of(one.entry, gathered), number.value, 0, None, None, says, _traces(found))
-                )
+                points.append(Point("", style_of(one.entry, gathered), number.value, 0, None, None, says,
+                                    _traces(found), _TAILS[key][1]))  # fmt: skip
+                drawn.add(key)
         if points:
             rows.append(Row(one.entry.label, tuple(points)))
     if not any(len(row.points) > 1 for row in rows):
         return None
-    said = (
-        "From left to right, as far as measured: median, mean, 90, 95, 99 and 99.9 % and the largest KLD of a token. "
-    )
+    said = "KLD of single tokens: its mean, its quantiles and the largest, as far as measured. "
+    legend = tuple((name, mark_of(outline)) for key, (name, outline) in _TAILS.items() if key in drawn)
     svg = ranges(rows, Axis("KLD of a token, nats", log=True), "KLD distribution")
-    return Figure("How the divergence is distributed", said + _left_out(len(shown)), svg)
+    return Figure("How the divergence is distributed", said + _left_out(len(shown)), svg, legend)
 
 
 def _domains(gathered: Gathered, sources: Sources) -> Figure | None:
@@ -156,7 +160,7 @@ def _domains(gathered: Gathered, sources: Sources) -> Figure | None:
         return None
     svg = ranges(rows, Axis("mean KLD, nats", log=True), "Mean KLD by domain")
     said = "Bars are 95 % intervals, where there is text enough for one. " + _left_out(len(shown), MOST_ROWS // 3)
-    legend = tuple((name, number) for number, name in enumerate(names))
+    legend = tuple((name, mark_of(number)) for number, name in enumerate(names))
     return Figure("Mean KLD by kind of text", said, svg, legend)
 
 
@@ -176,9 +180,8 @@ def _routers(gathered: Gathered, sources: Sources) -> Figure | None:
         return None
     svg = lines(rows, Axis("layer"), Axis("tokens with another set of experts, %"), "Router choices changed, by layer")
     said = f"Each line is a file. {_left_out(len(shown), MOST_LINES)}"
-    return Figure(
-        "Router choices changed, by layer", said, svg, tuple((row.label, row.points[0].style) for row in rows)
-    )
+    legend = tuple((row.label, mark_of(row.points[0].style)) for row in rows)
+    return Figure("Router choices changed, by layer", said, svg, legend)
 
 
 def style_of(entry: Entry, gathered: Gathered) -> int:
@@ -188,6 +191,13 @@ def style_of(entry: Entry, gathered: Gathered) -> int:
 
 def _traces(*cells: Cell) -> tuple[Traced, ...]:
     return tuple(one for cell in cells for one in (cell.main, cell.low, cell.high, cell.error) if one is not None)
+
+
+def _unnamed(made: Drawn) -> str:
+    if not made.unnamed:
+        return ""
+    names = "1 name is" if made.unnamed == 1 else f"{made.unnamed} names are"
+    return f" {names} left out for want of room; point at a mark to see its."
 
 
 def _left_out(count: int, most: int = MOST_ROWS) -> str:

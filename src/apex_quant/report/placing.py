@@ -24,13 +24,14 @@ _ANGLES: Final = (0, 180, 45, 315, 135, 225, 90, 270, 22, 338, 158, 202, 67, 293
 _DISTANCES: Final = (5.0, 13.0, 24.0, 38.0, 55.0, 78.0, 105.0, 140.0, 185.0)
 _NEAR: Final = 10.0  # from here on a line leads from the label to its point
 _PAD: Final = 1.5
+_GAP: Final = 2.0  # between a line and its label
 _FEW: Final = 40  # so many labels are all placed, however far away; of more, the first ones and evenly many others
 
 
 @dataclass(frozen=True)
 class Wanted:
     """A label for the point at data coordinates x, y, whose marker reaches `radius` points from there. Lower `rank`
-    first."""
+    first. `core`: how far a mark in the middle of it reaches, to which lines lead, where markers lie on each other."""
 
     text: str
     x: float
@@ -38,6 +39,7 @@ class Wanted:
     radius: float
     colour: str
     rank: int = 1
+    core: float | None = None
 
 
 def place_labels(
@@ -52,7 +54,8 @@ def place_labels(
     renderer, scale = fig.renderer, DPI / 72
     points = ax.transData.transform([(one.x, one.y) for one in wanted])
     radii = np.array([one.radius * scale for one in wanted])
-    markers = np.column_stack([points - radii[:, None], points + radii[:, None]])
+    inmost = np.array([(one.radius if one.core is None else one.core) * scale for one in wanted])
+    markers, cores = (np.column_stack([points - r[:, None], points + r[:, None]]) for r in (radii, inmost))
     blocked = np.vstack([markers, np.array(obstacles, np.float64).reshape(-1, 4)])
     area = ax.get_window_extent(renderer)
     bounds = (area.x0 + 2, area.y0 + 2, area.x1 + max(0.0, fig.bbox.x1 - area.x1 - 6), area.y1 - 2)
@@ -64,18 +67,21 @@ def place_labels(
         if number not in taken:
             left_out.append(wanted[number])
             continue
-        one, point, radius = wanted[number], points[number], radii[number]
+        one, point = wanted[number], points[number]
+        # a label beside markers that lie on each other does not say whose it is
+        led = one.core is not None and int(overlaps(markers[number], markers).sum()) > 1
+        reach = (radii[number], inmost[number], led)
         note = ax.annotate(one.text, (one.x, one.y), (0, 0), textcoords="offset points", fontsize=size,
                            color=fig.theme.ink, ha="left", va="bottom", annotation_clip=False, zorder=6)  # fmt: skip
         extent = note.get_window_extent(renderer)
         inner = (extent.x0 - point[0], extent.y0 - point[1])
-        others = np.delete(points, number, axis=0), np.delete(markers, number, axis=0)
+        others = np.delete(points, number, axis=0), np.delete(cores, number, axis=0)
         shape = (extent.width, extent.height)
-        found = _place(point, radius, shape, bounds, blocked, boxes, leaders, others)
+        found = _place(point, reach, shape, bounds, blocked, boxes, leaders, others)
         if found is None:  # on one of the lines
-            found = _place(point, radius, shape, bounds, blocked, boxes, leaders[len(lines) :], others)
+            found = _place(point, reach, shape, bounds, blocked, boxes, leaders[len(lines) :], others)
         if found is None:  # a leader across another marker is better than no label
-            found = _place(point, radius, shape, bounds, blocked, boxes, leaders, (others[0], others[1][:0]))
+            found = _place(point, reach, shape, bounds, blocked, boxes, leaders, (others[0], others[1][:0]))
         if found is None:
             note.remove()
             left_out.append(one)
@@ -101,11 +107,13 @@ def _taken(wanted: Sequence[Wanted]) -> set[int]:
 
 
 def _place(
-    point: F64, radius: float, size: tuple[float, float], bounds: tuple[float, float, float, float], blocked: F64,
-    boxes: F64, leaders: F64, others: tuple[F64, F64],
+    point: F64, reaches: tuple[float, float, bool], size: tuple[float, float],
+    bounds: tuple[float, float, float, float], blocked: F64, boxes: F64, leaders: F64, others: tuple[F64, F64],
 ) -> tuple[F64, F64 | None] | None:  # fmt: skip
-    """The first free box for a label of this size, and the line that leads to it, if it needs one."""
+    """The first free box for a label of this size, and the line that leads to it, if it needs one. `reaches`: of the
+    marker, of the mark in its middle, and whether a line is needed however near the label is."""
     width, height = size
+    radius, core, led = reaches
     for distance in _DISTANCES:
         for angle in _ANGLES:
             dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
@@ -120,7 +128,7 @@ def _place(
             if overlaps(wide, boxes).any() or overlaps(wide, blocked).any() or crosses(leaders, wide).any():
                 continue
             to = np.clip(point, box[:2], box[2:])
-            if distance < _NEAR:
+            if distance < _NEAR and not led:
                 # beside another point it would be taken for that one's
                 gaps = np.hypot(*(np.clip(others[0], box[:2], box[2:]) - others[0]).T)
                 if (gaps < float(np.hypot(*(to - point))) - 0.5).any():
@@ -128,7 +136,7 @@ def _place(
                 return box, None
             way = to - point
             length = float(np.hypot(*way)) or 1.0
-            leader = np.concatenate([point + way / length * radius, to])
+            leader = np.concatenate([point + way / length * core, to - way / length * _GAP])
             if not crosses(leader, np.vstack([boxes, others[1]])).any():
                 return box, leader
     return None

@@ -68,9 +68,20 @@ def plot_routers(gathered: Gathered, theme: Theme) -> PlotFigure | None:
         ends.append((100 * found[-1].changed.value, found[-1].layer, f"{entry.label}  {_overall(entry)}", colour))
     _end_labels(fig, ax, ends)
     few = [f"{len(entries)} of {len(every)} files"] if len(entries) < len(every) else []
-    notes = ["beside the lines: over all layers, with the 95 % interval", "single layers have none"]
-    footnote(fig, [*notes, *few, *aside(gathered, "router")])
+    footnote(fig, [*_beside_lines(entries), *few, *aside(gathered, "router")])
     return fig
+
+
+def _beside_lines(entries: Sequence[Entry]) -> list[str]:
+    """What the numbers in the labels are."""
+    overall = [number for entry in entries if (number := entry.number("router")) is not None]
+    sure = [number for number in overall if number.low is not None and number.high is not None]
+    if not sure:
+        return (
+            ["beside the lines: over all layers", "no intervals are known"] if overall else ["no intervals are known"]
+        )
+    where = "" if len(sure) == len(entries) else " where one is known"
+    return [f"beside the lines: over all layers, with the 95 % interval{where}", "single layers have none"]
 
 
 def _overall(entry: Entry) -> str:

@@ -25,6 +25,10 @@ _MARKS: Final = (  # quantity, marker, size, what the key calls it
     ("kld_median", "|", 9.0, "median"), ("kld", "o", 6.5, "mean"), ("kld_p90", "|", 6.0, "90 %"),
     ("kld_p99", "d", 5.0, "99 %"), ("kld_p99_9", "D", 5.5, "99.9 %"), ("kld_max", "x", 5.0, "largest"),
 )  # fmt: skip
+_READ: Final = {
+    "kld_median": "half of all tokens are left of the median",
+    "kld_p99_9": "one in a thousand right of 99.9 %",
+}
 
 
 def chosen(entries: Sequence[Entry], gathered: Gathered, most: int = MOST_ROWS) -> list[Entry]:
@@ -47,10 +51,11 @@ def plot_distribution(gathered: Gathered, theme: Theme) -> PlotFigure | None:
     values = [number.value for key in numbers for number in numbers[key].values() if number.value > 0]
     if not entries or not values:
         return None
+    marks = [one for one in _MARKS if any(_positive(numbers[one[0]].get(id(entry))) for entry in entries)]
     height = 2.1 + 1.35 * _ROW * len(entries)
+    says = [text for key, text in _READ.items() if any(key == one[0] for one in marks)]
     fig = figure("kld-distribution", theme, "Divergence of single tokens",
-                 "KLD per token (nats): half of all tokens are left of the median, one in a thousand right of 99.9 %",
-                 height=height)  # fmt: skip
+                 "KLD per token (nats)" + (f": {', '.join(says)}" if says else ""), height=height)  # fmt: skip
     ax = axes(fig, inches(fig, 2.35, 0.98, 0.3, 1.12), grid="x")
     low, high = max(min(values) / 3, 1e-7), max(values) * 1.4
     log_ticks(ax, "x", low, high, plain)
@@ -60,14 +65,14 @@ def plot_distribution(gathered: Gathered, theme: Theme) -> PlotFigure | None:
     for place, entry in enumerate(entries):
         colour = looks(gathered, theme)[entry.family][0]
         _density(ax, entry, place, colour, (low, high))
-        for key, marker, size, _ in _MARKS:
+        for key, marker, size, _ in marks:
             number = numbers[key].get(id(entry))
-            if number is None or number.value <= 0:
+            if number is None or not _positive(number):
                 continue
             if key in ("kld", "kld_p99_9"):
                 drawn.append(number)
             _point(fig, ax, entry, key, number, place, colour, marker, size)
-    _key(fig, theme)
+    _key(fig, theme, marks)
     density = ["hills: how many tokens"] if any(entry.distribution for entry in entries) else []
     footnote(fig, [*density, *sureness(drawn), *_fewer(entries, every), *aside(gathered, "kld", log=True)])
     return fig
@@ -231,12 +236,17 @@ def _density(ax: Axes, entry: Entry, place: int, colour: str, limits: tuple[floa
     ax.fill_between(x, y, place, color=colour, alpha=0.2, linewidth=0, zorder=1)
 
 
-def _key(fig: PlotFigure, theme: Theme) -> None:
-    """What the marks are."""
+def _positive(number: Number | None) -> bool:
+    """Whether it has a place on a logarithmic axis."""
+    return number is not None and number.value > 0
+
+
+def _key(fig: PlotFigure, theme: Theme, marks: Sequence[tuple[str, str, float, str]]) -> None:
+    """What the marks are that were drawn."""
     width, height = fig.get_size_inches()
     handles = [
         Line2D([], [], marker=marker, color=theme.quiet, linestyle="", markersize=size, label=name, markeredgewidth=1.4)
-        for _, marker, size, name in _MARKS
+        for _, marker, size, name in marks
     ]
     made = fig.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.05 / width, 1 - 0.7 / height),
                       frameon=False, ncols=len(handles), fontsize=9, handletextpad=0.2, columnspacing=1.2,

@@ -19,6 +19,7 @@ from apex_quant.report.quantities import QUANTITIES, Number, gigabytes, shown
 from apex_quant.report.style import DPI, PlotFigure, Theme, axes, figure, footnote, inches, log_ticks, looks, plain
 
 _SIZE: Final = 7.0  # points across a marker
+_CORE: Final = 4.5  # points across the mark in the middle of a bubble
 _MANY: Final = 60  # points up to which each can be pointed at
 
 
@@ -122,7 +123,9 @@ def _over_size(
     if front_line:
         best = front(rows)
         if len(best) > 1:
-            xs, ys = [float(one.entry.bytes or 0) for one in best], [one.number.value for one in best]
+            # a step, for between two files nothing of lower value can be had
+            xs = np.repeat([float(one.entry.bytes or 0) for one in best], 2)[1:]
+            ys = np.repeat([one.number.value for one in best], 2)[:-1]
             ax.plot(xs, ys, color=theme.quiet, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1.5, gid=f"{name}-front")
             fig.notes.append("dashed: the Pareto front of the values")
             pixels = ax.transData.transform(np.column_stack([xs, ys]))
@@ -219,6 +222,7 @@ def _draw(
     wanted = []
     bottom = ax.get_ylim()[0]
     size = _SIZE
+    core = None if bubble is None else _CORE / 2 + 1
     for point in points:
         colour, marker = look[point.entry.family]
         found = point.number.interval()
@@ -231,7 +235,7 @@ def _draw(
         reach = size if bubble is None else bubble(point)
         groups.setdefault((colour, marker, found is not None), []).append((point, reach))
         wanted.append(Wanted(point.entry.label, point.x, point.number.value, reach / 2 + 1, colour,
-                             0 if id(point.entry) in best else 1))  # fmt: skip
+                             0 if id(point.entry) in best else 1, core))  # fmt: skip
     ax.add_collection(LineCollection(segments, colors=colours, linewidths=1.3, zorder=3, capstyle="round"),
                       autolim=False)  # fmt: skip
     for (colour, marker, sure), members in groups.items():
@@ -255,7 +259,7 @@ def _markers(
         if bubbles:
             areas = [members[k][1] ** 2 for k in part]
             made.append(ax.scatter(at[:, 0], at[:, 1], s=areas, c=colour, alpha=0.25, linewidths=0.8, zorder=2))
-        area = (4.5 if bubbles or not alone else _SIZE) ** 2 * (2.2 if marker == "*" else 1.0)
+        area = (_CORE if bubbles or not alone else _SIZE) ** 2 * (2.2 if marker == "*" else 1.0)
         made.append(ax.scatter(at[:, 0], at[:, 1], s=area, marker=marker, linewidths=1.4, edgecolors=colour, zorder=4,
                                c=colour if sure else fig.theme.ground))  # fmt: skip
         made[0].set_gid(gids[part[0]] if alone else None)

@@ -8,12 +8,13 @@ Folders with partial, older or broken results give a report too; what is missing
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from apex_quant.errors import ResourceError, UsageError, did_you_mean
+from apex_quant.errors import InputError, ResourceError, UsageError, did_you_mean
 from apex_quant.gguf.atomic import require_space, write_file
 from apex_quant.report.choose import with_results
 from apex_quant.report.family import Family
@@ -73,8 +74,8 @@ def report(
     `reference`, `family`: as in gather(). `formats`: some of FORMATS; png and svg are the plots, in `out`/plots.
     `progress` is told what is being done. Files are replaced, each whole or not at all.
 
-    Raises UsageError for unknown formats and as gather() does, InputError where there are no results at all,
-    ResourceError when nothing can be written.
+    Raises UsageError for unknown formats, an `out` that cannot be a folder, and as gather() does, InputError where no
+    results can be read, ResourceError when nothing can be written.
     """
     for word in formats:
         if word not in FORMATS:
@@ -84,10 +85,14 @@ def report(
         raise UsageError("no format to write", hint=f"known: {', '.join(FORMATS)}")
     tell = progress or (lambda _: None)
     folder = Path(out)
+    there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), folder)
+    if not there.is_dir():
+        raise UsageError(f"{there}: not a folder, so no report can go there", hint="-o names a folder")
     tell("reading results")
     gathered = (
         places if isinstance(places, Gathered) else gather(with_results(places), reference=reference, family=family)
     )
+    require_entries(gathered)
     tell("comparing")
     pairs = Pairs()
     found = sentences(gathered, pairs)
@@ -106,6 +111,15 @@ def report(
     missing = missing_lines(gathered)
     paths |= {path.name: path for path in plots}
     return Report(paths, tuple(missing), tuple(found.quoted), found.caution)
+
+
+def require_entries(gathered: Gathered) -> None:
+    """Raises InputError, with what was wrong, where no results could be read."""
+    if not gathered.entries:
+        raise InputError(
+            "no results that can be read, so there is nothing to describe: " + "; ".join(missing_lines(gathered)[:3]),
+            hint="apex eval MODEL -o results.json makes them",
+        )
 
 
 def markdown_text(gathered: Gathered, found: Sentences) -> str:

@@ -57,7 +57,8 @@ class Sentences:
     """`claims` may be quoted, `ties` are pairs without a shown difference, `refused` could not be compared.
 
     `front`: files with a lower value than every file of at most their size, largest first, by values alone.
-    `asked`: how many such pairs there are, `made`: how many intervals were looked at.
+    `files`: how many have a value, the reference not counted; `asked`: how many pairs of them there are where one is
+    not larger and has the lower value, `made`: how many intervals were looked at.
     """
 
     key: str | None
@@ -65,6 +66,7 @@ class Sentences:
     ties: list[Pair] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     front: list[tuple[Entry, Number]] = field(default_factory=list)
+    files: int = 0
     asked: int = 0
     made: int = 0
     level: float = 0.95
@@ -94,6 +96,7 @@ def sentences(gathered: Gathered, pairs: Pairs | None = None) -> Sentences:
     if key is None:
         return found
     shown = [one for one in gathered.shown(key) if not one.entry.is_reference]
+    found.files = len(shown)
     found.front = [(one.entry, one.number) for one in reversed(front(shown))]
     candidates = _candidates([one.entry for one in shown], key)
     found.asked = len(candidates)
