@@ -432,6 +432,27 @@ def test_bad_places(tmp_path: Path) -> None:
         run(tmp_path / "no" / "kv.json", model=embedded_model())
     with pytest.raises(UsageError, match="is the model"):
         run(embedded_model(), model=embedded_model())
+    for name in ("", "kv.npz", "kv.gguf"):  # the numbers per token would go where the result goes
+        with pytest.raises(UsageError, match="goes to a file such as"):
+            run(tmp_path / name, model=embedded_model())
+
+
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [
+        ({"kv.json": "my notes"}, "kv.json"),
+        ({"kv.json": '{"schema": "apex.results/1"}'}, "kv.json"),
+        ({"kv.npz": "numbers"}, "kv.npz"),
+        ({"kv.json": '{"schema": "apex.kv/1"}', "kv.npz": "numbers"}, "kv.npz"),
+        ({"kv.json": '{"schema": "apex.kv/1", "per_token": {"path": "other.npz"}}', "kv.npz": "numbers"}, "kv.npz"),
+    ],
+)
+def test_files_of_others_are_kept(there: dict[str, str], refused: str, tmp_path: Path) -> None:
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=rf"{re.escape(refused)} exists already"):
+        run(tmp_path / "kv.json", model=embedded_model())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == there
 
 
 @pytest.mark.parametrize(
