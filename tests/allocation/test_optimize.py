@@ -21,12 +21,12 @@ from apex_quant.allocation.exchange import exchanges, parted, smoothed
 from apex_quant.allocation.inputs import moved, working_folder
 from apex_quant.allocation.optimize import measured_twin, optimize
 from apex_quant.allocation.validate import Validator
-from apex_quant.cli.optimize import parse_context
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.planned import PlanOptions
+from apex_quant.sizes import parse_ctx
 from tests.allocation.costs import drawn
 from tests.helpers.cli import apex
 from tests.helpers.imatrix import random_imatrix
@@ -111,9 +111,9 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("")
     with pytest.raises(UsageError, match="exists already"):
         run(folder, tmp_path / "r.txt", bpw=4)
-    assert parse_context("32k") == 32768
+    assert parse_ctx("32k") == 32768
     with pytest.raises(UsageError):
-        parse_context("many")
+        parse_ctx("many")
 
 
 def test_nothing_is_replaced_without_force(folder: Path, tmp_path: Path) -> None:

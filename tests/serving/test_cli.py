@@ -42,6 +42,10 @@ def test_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert "apex-tiny-moe" in out
     assert "llama-server -m" in out
+    status, out, _ = call(capsys, "fit", MODEL, "--vram", "2GiB", "--ctx", "2k", "--json")
+    assert json.loads(out)["choice"] == found["choice"]
+    status, _, err = call(capsys, "fit", MODEL, "--vram", "2GiB", "--ctx", "0")
+    assert (status, err.splitlines()[0]) == (2, "error: '0' is not a context; write 32k or 40000")
     assert call(capsys, "fit", MODEL, "--vram", "lots")[0] == 2
     assert call(capsys, "fit", __file__, "--vram", "1GB")[0] == 3
 
@@ -54,6 +58,12 @@ def test_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert status == 2
     assert "--force" in err
     assert call(capsys, "export", "nowhere", MODEL)[0] == 2
+    assert call(capsys, "export", "ollama", MODEL, "-o", tmp_path, "--ctx", "1k", "--force")[0] == 0
+    assert "PARAMETER num_ctx 1024" in (tmp_path / "Modelfile").read_text()
+    for out_ in (tmp_path / "Modelfile", tmp_path / "Modelfile" / "inner"):
+        status, _, err = call(capsys, "export", "ollama", MODEL, "-o", out_)
+        assert status == 2
+        assert "is a file, not a folder" in err
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -62,6 +72,9 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "no key" in err
     assert call(capsys, "chat", MODEL, "--json")[0] == 2
     assert call(capsys, "serve", tmp_path, "--server", standin(tmp_path / "bin"))[0] == 3
+    status, _, err = call(capsys, "run", "--phase", "nonsense")
+    assert status == 2
+    assert err.startswith("error: Invalid value for '--phase': 'nonsense' is not one of 'source'")
 
 
 @contextmanager

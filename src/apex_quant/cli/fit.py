@@ -9,7 +9,7 @@ import typer
 
 from apex_quant.cli import safe
 from apex_quant.cli.console import console_for, print_json
-from apex_quant.cli.options import Json
+from apex_quant.cli.options import Json, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ def fit(
         str | None, typer.Option("--ram", metavar="SIZE", help="main memory that may be used (default: not checked)")
     ] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="that --vram is the sum of")] = 1,
-    ctx: Annotated[int, typer.Option("--ctx", min=1, help="tokens of each sequence")] = 32768,
+    ctx: Annotated[int, typer.Option("--ctx", parser=tokens, metavar="N", help="tokens of each sequence: 32k")] = 32768,
     parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="sequences at a time")] = 1,
     type_k: Annotated[str | None, typer.Option("--type-k", metavar="TYPE", help="of the cache; default: tried")] = None,
     type_v: Annotated[str | None, typer.Option("--type-v", metavar="TYPE", help="of the cache; default: tried")] = None,

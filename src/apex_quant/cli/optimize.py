@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -21,14 +20,13 @@ from apex_quant.cli.measure import Budget, Load, MeasureBar, parse_time
 from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, TensorSplit, Threads, session_options
 from apex_quant.cli.progress import JobBar
 from apex_quant.errors import UsageError
-from apex_quant.sizes import parse_size
+from apex_quant.sizes import parse_ctx, parse_size
 
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import Frontier
     from apex_quant.allocation.optimize import Optimized, OptimizeProgress
     from apex_quant.recipe.planned import PlanOptions
 
-_CONTEXT = re.compile(r"(\d{1,9})([km]?)", re.IGNORECASE | re.ASCII)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="the full-precision GGUF file, or any shard of one")]
 Sensitivity = Annotated[
@@ -100,7 +98,12 @@ def optimize(
         str | None, typer.Option("--fit", metavar="SIZE", help="memory for weights, cache and compute: 16GB")
     ] = None,
     ctx: Annotated[str, typer.Option("--ctx", help="tokens of context that --fit leaves room for: 32k")] = "8k",
-    kld: Annotated[float | None, typer.Option("--kld", help="the smallest file of this predicted mean KLD")] = None,
+    kld: Annotated[
+        float | None,
+        typer.Option(
+            "--kld", help="the smallest file of this mean KLD, predicted and then measured (docs/optimize.md)"
+        ),
+    ] = None,
     like_size: Annotated[
         Path | None, typer.Option("--like-size", metavar="GGUF", help="at most as large as this file")
     ] = None,
@@ -158,7 +161,7 @@ def optimize(
             size=parse_size(size) if size else None,
             bpw=bpw,
             fit=parse_size(fit) if fit else None,
-            ctx=parse_context(ctx),
+            ctx=parse_ctx(ctx),
             kld=kld,
             like_size=like_size,
             types=types,
@@ -327,15 +330,6 @@ def measured_how(sensitivity: Path | None, groups: str | None, budget: str | Non
     if sensitivity is not None and given:
         raise UsageError(f"{given[0]} says how to measure, and --sensitivity was measured before")
     return asked
-
-
-def parse_context(text: str) -> int:
-    """'32k' to 32768. Raises UsageError."""
-    found = _CONTEXT.fullmatch(text.strip())
-    tokens = int(found[1]) * 1024 ** " km".index(found[2].lower() or " ") if found else 0
-    if not 0 < tokens < 1 << 31:
-        raise UsageError(f"{text!r} is not a context; write 8192 or 32k")
-    return tokens
 
 
 def siblings(text: str) -> tuple[str, ...]:

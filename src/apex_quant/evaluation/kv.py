@@ -105,8 +105,11 @@ def kv(
     served = [pair for pair in asked if pair.turbo]
     wanted = list(dict.fromkeys([*wanted, *served]))
     asked = [pair for pair in asked if not pair.turbo]
-    if not ctx or min(ctx) < 16 or (chunks is not None and chunks < 1):
-        raise UsageError(f"contexts {list(ctx)} and {chunks} chunks: at least one context of 16, and 1 chunk")
+    if not ctx or min(ctx) < 16:
+        given = ", ".join(map(str, ctx)) or "none"
+        raise UsageError(f"contexts (--ctx): {given}; it takes at least one, and each of 16 tokens or more")
+    if chunks is not None and chunks < 1:
+        raise UsageError(f"{chunks} chunks (--chunks): at least 1")
     chosen = options or SessionOptions()
     if wanted and chosen.gpu_layers:
         raise UsageError("a simulation changes the cache in main memory", hint="leave --gpu-layers away")
