@@ -21,6 +21,11 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_memory(text: str) -> int:
+    """As parse_size(), and '0' and 'none' for no such memory. Raises UsageError."""
+    return 0 if text.strip() in ("0", "none") else parse_size(text)
+
+
 def parse_count(text: str) -> int:
     """'50k', '1.5M', '8192' to a number. Raises UsageError."""
     found = _COUNT.fullmatch(text.strip())

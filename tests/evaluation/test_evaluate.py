@@ -162,6 +162,12 @@ def test_hidden_states_before_a_quantized_matrix(tmp_path: Path) -> None:
     assert abs(kld["max"]["value"]) < 1e-5
 
 
+def test_a_reference_that_is_quantized_already(small: Path, stored: MadeReference, tmp_path: Path) -> None:
+    made = make_reference(small, tmp_path / "r.apexref", text=[TEXT], ctx=CTX, chunks=1, options=ONE)
+    assert any("are quantized already (most to Q4_0)" in line for line in made.warnings)
+    assert not any("quantized" in line for line in stored.warnings)
+
+
 def value_of(one: Any) -> float:
     return float(one["value"] if isinstance(one, dict) else one)
 

@@ -141,6 +141,24 @@ def test_chat_with_bytes_that_are_no_text(utf8: str, tmp_path: Path) -> None:
     assert b"error: what was typed is not UTF-8" in done.stderr
 
 
+def test_chat_with_a_pipe(tmp_path: Path) -> None:
+    """No prompt where nobody types; loading is spoken of when the file and the options were looked at."""
+
+    def chat(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "apex_quant", "chat", *map(str, words), "--server", str(standin(tmp_path))]
+        env = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
+        return subprocess.run(command, input="/help", capture_output=True, check=False, env=env, text=True)
+
+    done = chat(MODEL)
+    assert (done.returncode, done.stderr) == (0, f"loading {Path(MODEL).name}\n")
+    assert ">" not in done.stdout
+    assert done.stdout.endswith("ends\n")
+    for words, status in (((MODEL, "-m", " "), 2), ((MODEL, "--ctx", "many"), 2), ((tmp_path / "none.gguf",), 3)):
+        done = chat(*words)
+        assert (done.returncode, done.stdout) == (status, "")
+        assert done.stderr.startswith("error: ")
+
+
 @pytest.mark.slow
 def test_chat_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

@@ -47,11 +47,11 @@ def fit(
 ) -> None:  # fmt: skip
     """Exact bytes of weights, KV cache and states, compute buffers, expert offload: what fits, how much context."""
     from apex_quant.serving.fit import fit as run
-    from apex_quant.sizes import parse_size
+    from apex_quant.sizes import parse_memory, parse_size
 
     found = run(
         list(places),
-        vram=_size(vram),
+        vram=parse_memory(vram),
         ram=None if ram is None else parse_size(ram),
         devices=devices,
         ctx=ctx,
@@ -59,7 +59,7 @@ def fit(
         type_k=type_k,
         type_v=type_v,
         ubatch=ubatch,
-        reserve=None if reserve is None else _size(reserve),
+        reserve=None if reserve is None else parse_memory(reserve),
         joint=joint or None,
         results=results or (),
     )
@@ -67,12 +67,6 @@ def fit(
         print_json(found.to_json())
     else:
         show(console_for(False), found)
-
-
-def _size(text: str) -> int:
-    from apex_quant.sizes import parse_size
-
-    return 0 if text.strip() in ("0", "none") else parse_size(text)
 
 
 def show(console: Console, found: Fit) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from apex_quant.cli import safe
 from apex_quant.cli.console import console_for, print_json
@@ -342,6 +341,8 @@ def siblings(text: str) -> tuple[str, ...]:
 
 def show_optimized(console: Console, made: Optimized) -> None:
     """Size, what was predicted and measured, how far from optimal, and where it is."""
+    from apex_quant.cli.show import table
+
     asked = f" of {made.target_bytes:,} asked" if made.target_bytes is not None else ""
     console.print(f"{made.total_bytes:,} bytes{asked}, {made.bpw:.3f} bpw")
     measured = made.measured_kld
@@ -354,11 +355,11 @@ def show_optimized(console: Console, made: Optimized) -> None:
     proof = "proved optimal" if made.proved else f"at most {made.gap:.2%} above the optimum"
     console.print(f"of the predicted cost: {proof}; one more MB saves {made.shadow_price:.3g} nats")
     if len(made.candidates) > 1:
-        table = Table("candidate", "bytes", "predicted", "measured", box=None)
+        rows = table(None, "candidate", ">bytes", ">predicted", ">measured")
         for one in made.candidates:
             cells = [f"{one['total_bytes']:,}", f"{one['predicted_kld']:.4g}", interval(one["measured_kld"])]
-            table.add_row(safe(one["name"]), *cells)
-        console.print(table)
+            rows.add_row(safe(one["name"]), *cells)
+        console.print(rows)
     for note in made.notes:
         console.print(f"[yellow]note:[/] {safe(note)}")
     for path in (made.recipe, made.certificate, made.output):
@@ -368,12 +369,14 @@ def show_optimized(console: Console, made: Optimized) -> None:
 
 def show_frontier(console: Console, made: Frontier) -> None:
     """The curve as a table."""
-    table = Table("MB", "bpw", "predicted KLD", "nats per MB", "types by bytes", box=None)
+    from apex_quant.cli.show import table
+
+    rows = table(None, ">MB", ">bpw", ">predicted KLD", ">nats per MB", "types by bytes")
     for point in made.points:
         most = ", ".join(list(point.types)[:4])
         cells = [f"{point.total_bytes / 1e6:.2f}", f"{point.bpw:.3f}", f"{point.predicted_kld:.4g}"]
-        table.add_row(*cells, f"{point.shadow_price:.3g}", most)
-    console.print(table)
+        rows.add_row(*cells, f"{point.shadow_price:.3g}", most)
+    console.print(rows)
     for row in made.tiers:
         console.print(f"tier {row['tier']}: {row['total_bytes'] / 1e6:.2f} MB, predicted {row['predicted_kld']:.4g}")
     for line in (*made.left_out, *made.notes):

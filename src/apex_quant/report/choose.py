@@ -178,7 +178,7 @@ def choose(
     Raises UsageError for sizes below 1 and cache types that cannot be, InputError when nothing is ranked.
     """
     if vram < 1 or ctx < 1 or (ram is not None and ram < 1):
-        raise UsageError("memory and context are at least 1")
+        raise UsageError("memory and context are at least 1", hint="without a device, --vram is the main memory to use")
     gathered = results if isinstance(results, Gathered) else gather(with_results(results))
     key = ranked_by(gathered)
     rows = ranked(gathered, key) if key is not None else []
