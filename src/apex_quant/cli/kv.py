@@ -107,7 +107,8 @@ def show_kv(console: Console, found: KVResult) -> None:
     console.print(made)
     measured = sorted({row["ctx"] for row in found.pairs if row["ctx"]})
     if measured:
-        console.print(f"[dim]divergence at {', '.join(map(str, measured))} tokens, 95 % intervals over chunks[/]")
+        over = ", 95 % intervals over chunks" if any(row["kld_mean"]["low"] is not None for row in found.pairs) else ""
+        console.print(f"[dim]divergence at {', '.join(map(str, measured))} tokens{over}[/]")
     for line in _compared(document["ranking"]):
         console.print(safe(line))
     for row in found.simulated:
