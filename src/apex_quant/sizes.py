@@ -1,4 +1,4 @@
-"""Sizes and counts as people write them: '16GiB', '48G', '500M' bytes; '50k', '1.5M' tokens."""
+"""Sizes, counts and contexts as people write them: '16GiB', '500M' bytes; '50k', '1.5M' tokens; a context of '32k'."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final
 from apex_quant.errors import UsageError
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
+_CONTEXT: Final = re.compile(r"(\d{1,12})([km]?)", re.IGNORECASE | re.ASCII)
 _COUNT: Final = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.IGNORECASE | re.ASCII)
 
 
@@ -20,6 +21,11 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_memory(text: str) -> int:
+    """As parse_size(), and '0' and 'none' for no such memory. Raises UsageError."""
+    return 0 if text.strip() in ("0", "none") else parse_size(text)
+
+
 def parse_count(text: str) -> int:
     """'50k', '1.5M', '8192' to a number. Raises UsageError."""
     found = _COUNT.fullmatch(text.strip())
@@ -27,3 +33,12 @@ def parse_count(text: str) -> int:
     if not 1 <= number < 1 << 40:
         raise UsageError(f"{text!r} is not a number of tokens; write 50k or 8192")
     return int(number)
+
+
+def parse_ctx(text: str) -> int:
+    """'32k' to 32768, '40000' to 40000; k is 1024 and m its square, as contexts are named. Raises UsageError."""
+    found = _CONTEXT.fullmatch(text.strip())
+    tokens = int(found[1]) * 1024 ** " km".index(found[2].lower() or " ") if found else 0
+    if not 0 < tokens < 1 << 31:
+        raise UsageError(f"{text!r} is not a context; write 32k or 40000")
+    return tokens

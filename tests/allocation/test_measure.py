@@ -198,7 +198,7 @@ def test_rounding_is_that_of_a_file(measured: Sensitivities, text: Path, tmp_pat
 def test_a_budget(text: Path, tmp_path: Path) -> None:
     """Less text, then fewer probes; what is missing is said and estimated; later the rest is measured."""
     out = tmp_path / "s.json"
-    short = run(out, text, groups="role,layer", tokens=16 * CTX, budget=0.01)
+    short = run(out, text, groups="role,layer", tokens=16 * CTX, budget=0.01, joint=2)
     assert short.text.chunks == 4
     assert not short.settings["complete"]
     kinds = [probe.kind for group in short.groups for probe in group.probes]
@@ -207,7 +207,8 @@ def test_a_budget(text: Path, tmp_path: Path) -> None:
     for group in short.groups:  # what stands for a group is of its role, or says that nothing does
         if group.probes[0].kind == "estimated":
             assert any(g.probes[0].kind == "real" and g.role == group.role for g in short.groups)
-    assert any("the budget ended" in warning for warning in short.warnings)
+    (ended,) = (warning for warning in short.warnings if "the budget ended" in warning)
+    assert f" groups and {len(short.joint)} of 2 joint probes were measured" in ended
     assert any("of a budget of" in warning for warning in short.warnings)
     assert read_journal(tmp_path / "s.json.probes", short.settings["spec"])[0]
 

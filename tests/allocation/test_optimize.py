@@ -28,13 +28,14 @@ from apex_quant.allocation.inputs import moved, working_folder
 from apex_quant.allocation.optimize import measured_twin, optimize
 from apex_quant.allocation.texts import BUILTIN, VALIDATION, heldout_read, judged_by, read_texts, validation_texts
 from apex_quant.allocation.validate import Validator
-from apex_quant.cli.optimize import parse_context, show_optimized
+from apex_quant.cli.optimize import show_optimized
 from apex_quant.errors import BusyError, InputError, UsageError
 from apex_quant.evaluation.make_reference import make_reference
 from apex_quant.gguf import open_model
 from apex_quant.importance import Importance
 from apex_quant.recipe.plan import plan
 from apex_quant.recipe.planned import PlanOptions
+from apex_quant.sizes import parse_ctx
 from tests.allocation.costs import drawn
 from tests.helpers.cli import apex
 from tests.helpers.imatrix import random_imatrix
@@ -119,9 +120,9 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("")
     with pytest.raises(UsageError, match="exists already"):
         run(folder, tmp_path / "r.txt", bpw=4)
-    assert parse_context("32k") == 32768
+    assert parse_ctx("32k") == 32768
     with pytest.raises(UsageError):
-        parse_context("many")
+        parse_ctx("many")
 
 
 def test_nothing_is_replaced_without_force(folder: Path, tmp_path: Path) -> None:

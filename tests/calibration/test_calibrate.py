@@ -222,6 +222,8 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         calibrate(embedded_model(), tmp_path / "none" / "imatrix.gguf", corpus=[TEXT], options=QUICK)
+    with pytest.raises(UsageError, match="is a folder; the matrix goes to a file"):
+        calibrate(embedded_model(), tmp_path)
     with pytest.raises(UsageError, match="at least 1"):
         calibrate(embedded_model(), tmp_path / "imatrix.gguf", corpus=[TEXT], tokens=0, options=QUICK)
 

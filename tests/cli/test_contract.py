@@ -186,7 +186,7 @@ def test_recipe_files(call: Call, model: Path, tmp_path: Path) -> None:
         (["plan", "MODEL", "--tier", "quality", "--recipe", "nowhere.txt"], 3, "nowhere.txt", None),
         (["plan", "MODEL", "--tier", "quality", "--imatrix", "MODEL"], 3, "", None),
         (["plan", "MODEL", "--like", "nowhere.gguf"], 3, "nowhere.gguf", None),
-        (["inspect", "."], 3, "not a regular file", None),
+        (["inspect", "."], 3, "is a folder: name a file in it", None),
         (["split", "MODEL", "-o", "/nowhere/x", "--split-max-size", "1G"], 4, "/nowhere", "folder"),
     ],
 )  # fmt: skip

@@ -46,6 +46,13 @@ def test_compare(call: Call, files: list[Path]) -> None:
     for pair in document["pairs"]:
         assert pair["sentence"] in shown.out
     assert re.search(r"^a has lower mean KLD than b by .* on 1,240 tokens$", shown.out, re.MULTILINE)
+    rows = [line.split() for line in shown.out.splitlines() if line.startswith("a  b  ")]
+    better = {row[2]: row[-1] for row in rows}  # of the share that is the same, more is better
+    assert {pair["better_result"] or "shown" for pair in document["pairs"] if pair["metric"] == "top1_agreement"} == {
+        better["top1_agreement"]
+    }
+    assert better["kld"] == "a"
+    assert "_lower" not in shown.out
     assert "4 intervals at 95 % each" in shown.out
     some = call("compare", *files, *files, "--metric", "kld,ppl", "--metric", "hellaswag", "--all-pairs", "--json").json
     assert len(some["pairs"]) == 6 * 3

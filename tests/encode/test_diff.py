@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from apex_quant import diff, quantize, split
-from apex_quant.errors import GGUFError
+from apex_quant.errors import GGUFError, InputError
 from apex_quant.gguf import open_model
 from apex_quant.recipe.planned import PlanOptions
 from tests.helpers.cli import apex
+from tests.helpers.imatrix import random_imatrix
 from tests.helpers.random_models import write_random_gguf
 
 
@@ -38,6 +39,15 @@ def test_shards_are_equal(source: Path, tmp_path: Path) -> None:
     found = diff(source, shards[1])
     assert (found.metadata, found.tensors) == ((), ())
     assert found.bytes_b == sum(path.stat().st_size for path in shards)
+
+
+def test_a_model_and_something_else(source: Path, tmp_path: Path) -> None:
+    matrix = tmp_path / "imatrix.gguf"
+    random_imatrix(source).write(matrix)
+    for pair in ((source, matrix), (matrix, source)):
+        with pytest.raises(InputError, match=r"imatrix\.gguf: a GGUF file of type 'imatrix'"):
+            diff(*pair)
+    assert diff(matrix, matrix).tensors == ()
 
 
 def test_one_byte(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 
 from apex_quant import SessionOptions, embedded_model
-from apex_quant.errors import ApexError, InputError, UsageError
+from apex_quant.errors import ApexError, InputError, ResourceError, UsageError
 from apex_quant.evaluation import results
 from apex_quant.evaluation.compare import compare
 from apex_quant.evaluation.evaluate import evaluate
+from apex_quant.evaluation.harness import HarnessPlan
 from apex_quant.evaluation.make_reference import MadeReference, make_reference
 from apex_quant.evaluation.schema import Results
 from apex_quant.evaluation.stock_logits import MAGIC
@@ -158,6 +160,12 @@ def test_hidden_states_before_a_quantized_matrix(tmp_path: Path) -> None:
     assert made.stock_bytes > 100 * made.bytes
     kld = run(model, reference=path, source=model).metrics["kld"]
     assert abs(kld["max"]["value"]) < 1e-5
+
+
+def test_a_reference_that_is_quantized_already(small: Path, stored: MadeReference, tmp_path: Path) -> None:
+    made = make_reference(small, tmp_path / "r.apexref", text=[TEXT], ctx=CTX, chunks=1, options=ONE)
+    assert any("are quantized already (most to Q4_0)" in line for line in made.warnings)
+    assert not any("quantized" in line for line in stored.warnings)
 
 
 def value_of(one: Any) -> float:
@@ -315,6 +323,20 @@ def test_tasks_are_added(tmp_path: Path) -> None:
     assert [event.resumed for event in events] == [0] * len(events)
     assert "hellaswag/correct" in results.load(out).arrays()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hellaswag.txt", "results.json", "results.npz"]
+
+
+def test_what_a_run_lacks_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "results.json"
+    events: list[EvaluationProgress] = []
+    with pytest.raises(InputError, match=r"missing\.txt"):
+        run(embedded_model(), out, task_files={"hellaswag": "missing.txt"}, progress=events.append)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "lm_eval" else known(name, *of))
+    with pytest.raises(ResourceError, match="lm-evaluation-harness is not installed"):
+        run(embedded_model(), out, harness=HarnessPlan(("gsm8k",)), progress=events.append)
+    assert not events
+    assert not out.exists()
 
 
 # --- what cannot work ---

@@ -403,6 +403,17 @@ def test_the_command(found: KVResult, folder: Path, small: Path) -> None:
     assert "MiB at 4096" in shown.out
 
 
+def test_too_little_text_is_no_missing_difference(found: KVResult) -> None:
+    few = {"value": -0.01, "low": None, "high": None, "n": 80, "note": "too few: 5 chunks", "chunks": 5}
+    ranking = [row | {"to_next": row["to_next"] and few, "differs": False} for row in found.document["ranking"]]
+    console = Console(file=io.StringIO(), width=200)
+    show_kv(console, KVResult({**found.document, "ranking": ranking}))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert shown.count("5 chunks: intervals and comparisons take 32 (more --chunks, or more text)") == 1
+    assert "no difference shown" not in shown
+
+
 # --- what cannot work ---
 
 
@@ -411,9 +422,9 @@ def test_the_command(found: KVResult, folder: Path, small: Path) -> None:
     [
         ({"types": ["turbo3"]}, "turbo3 is not in stock"),
         ({"types": ["q9_0"]}, "no cache type is called 'q9_0'"),
-        ({"ctx": ()}, "at least one context"),
-        ({"ctx": (8,)}, "at least one context of 16"),
-        ({"chunks": 0}, "1 chunk"),
+        ({"ctx": ()}, "contexts .*: none; it takes at least one"),
+        ({"ctx": (8,)}, "contexts .*: 8; .*each of 16 tokens or more"),
+        ({"chunks": 0}, "0 chunks .*at least 1"),
         ({"options": SessionOptions(flash_attention="off")}, "a quantized V needs flash attention"),
         ({"options": SessionOptions(gpu_layers=1)}, "changes the cache in main memory"),
         ({"text": ["missing.txt"]}, "no such file"),
@@ -432,6 +443,27 @@ def test_bad_places(tmp_path: Path) -> None:
         run(tmp_path / "no" / "kv.json", model=embedded_model())
     with pytest.raises(UsageError, match="is the model"):
         run(embedded_model(), model=embedded_model())
+    for name in ("", "kv.npz", "kv.gguf"):  # the numbers per token would go where the result goes
+        with pytest.raises(UsageError, match="goes to a file such as"):
+            run(tmp_path / name, model=embedded_model())
+
+
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [
+        ({"kv.json": "my notes"}, "kv.json"),
+        ({"kv.json": '{"schema": "apex.results/1"}'}, "kv.json"),
+        ({"kv.npz": "numbers"}, "kv.npz"),
+        ({"kv.json": '{"schema": "apex.kv/1"}', "kv.npz": "numbers"}, "kv.npz"),
+        ({"kv.json": '{"schema": "apex.kv/1", "per_token": {"path": "other.npz"}}', "kv.npz": "numbers"}, "kv.npz"),
+    ],
+)
+def test_files_of_others_are_kept(there: dict[str, str], refused: str, tmp_path: Path) -> None:
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=rf"{re.escape(refused)} exists already"):
+        run(tmp_path / "kv.json", model=embedded_model())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == there
 
 
 @pytest.mark.parametrize(

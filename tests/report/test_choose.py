@@ -160,10 +160,10 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
 
 
 def test_contexts_and_buffers() -> None:
-    assert {text: parse_ctx(text) for text in ("32k", "128K", "40000", " 1k ")} == {
-        "32k": 32768, "128K": 131072, "40000": 40000, " 1k ": 1024,
+    assert {text: parse_ctx(text) for text in ("32k", "128K", "40000", " 1k ", "1m")} == {
+        "32k": 32768, "128K": 131072, "40000": 40000, " 1k ": 1024, "1m": 1 << 20,
     }  # fmt: skip
-    for bad in ("", "k", "0", "-1", "1.5k", "1m", "9" * 30, "٣"):
+    for bad in ("", "k", "0", "-1", "1.5k", "1g", "9" * 30, "٣"):
         with pytest.raises(UsageError, match="not a context"):
             parse_ctx(bad)
     assert compute_buffers(None, 1 << 20) == GIB

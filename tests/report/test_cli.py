@@ -98,6 +98,7 @@ def test_which(call: Call, folder: Path) -> None:
         (["card", "DIR", "--repo", "x"], 2, "ORG/NAME"),
         (["card", "DIR", "--ctx", "many"], 2, "not a context"),
         (["which", "DIR", "--vram", "much"], 2, "not a size"),
+        (["which", "DIR", "--vram", "0"], 2, "memory and context are at least 1"),
         (["which", "DIR", "--type-k", "q9"], 2, "no cache type"),
         (["which", "none"], 3, "no such file"),
     ],

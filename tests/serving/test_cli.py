@@ -42,6 +42,10 @@ def test_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert "apex-tiny-moe" in out
     assert "llama-server -m" in out
+    status, out, _ = call(capsys, "fit", MODEL, "--vram", "2GiB", "--ctx", "2k", "--json")
+    assert json.loads(out)["choice"] == found["choice"]
+    status, _, err = call(capsys, "fit", MODEL, "--vram", "2GiB", "--ctx", "0")
+    assert (status, err.splitlines()[0]) == (2, "error: '0' is not a context; write 32k or 40000")
     assert call(capsys, "fit", MODEL, "--vram", "lots")[0] == 2
     assert call(capsys, "fit", __file__, "--vram", "1GB")[0] == 3
 
@@ -54,6 +58,12 @@ def test_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert status == 2
     assert "--force" in err
     assert call(capsys, "export", "nowhere", MODEL)[0] == 2
+    assert call(capsys, "export", "ollama", MODEL, "-o", tmp_path, "--ctx", "1k", "--force")[0] == 0
+    assert "PARAMETER num_ctx 1024" in (tmp_path / "Modelfile").read_text()
+    for out_ in (tmp_path / "Modelfile", tmp_path / "Modelfile" / "inner"):
+        status, _, err = call(capsys, "export", "ollama", MODEL, "-o", out_)
+        assert status == 2
+        assert "is a file, not a folder" in err
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -62,6 +72,9 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "no key" in err
     assert call(capsys, "chat", MODEL, "--json")[0] == 2
     assert call(capsys, "serve", tmp_path, "--server", standin(tmp_path / "bin"))[0] == 3
+    status, _, err = call(capsys, "run", "--phase", "nonsense")
+    assert status == 2
+    assert err.startswith("error: Invalid value for '--phase': 'nonsense' is not one of 'source'")
 
 
 @contextmanager
@@ -126,6 +139,24 @@ def test_chat_with_bytes_that_are_no_text(utf8: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 3
     assert b"error: what was typed is not UTF-8" in done.stderr
+
+
+def test_chat_with_a_pipe(tmp_path: Path) -> None:
+    """No prompt where nobody types; loading is spoken of when the file and the options were looked at."""
+
+    def chat(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "apex_quant", "chat", *map(str, words), "--server", str(standin(tmp_path))]
+        env = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
+        return subprocess.run(command, input="/help", capture_output=True, check=False, env=env, text=True)
+
+    done = chat(MODEL)
+    assert (done.returncode, done.stderr) == (0, f"loading {Path(MODEL).name}\n")
+    assert ">" not in done.stdout
+    assert done.stdout.endswith("ends\n")
+    for words, status in (((MODEL, "-m", " "), 2), ((MODEL, "--ctx", "many"), 2), ((tmp_path / "none.gguf",), 3)):
+        done = chat(*words)
+        assert (done.returncode, done.stdout) == (status, "")
+        assert done.stderr.startswith("error: ")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from apex_quant.model.kv_cache import kv_cache
 from apex_quant.serving import fit as module
 from apex_quant.serving.fit import find_models, fit
 from apex_quant.serving.memory import MemoryQuestion, library_memory
+from apex_quant.serving.serve import resolve
 from tests.helpers.imatrix import random_imatrix
 from tests.helpers.random_models import write_random_gguf
 
@@ -239,6 +240,24 @@ def test_files_and_shards(folder: Path, tmp_path: Path) -> None:
     assert parts.name == "s"
     with pytest.raises(InputError, match="no models there"):
         find_models([Path(__file__).parent])
+
+
+def test_a_tier_beside_files_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "M-I-Quality.gguf").write_bytes((folder / "m-BF16.gguf").read_bytes())
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "b.gguf").mkdir()
+    unreadable: list[str] = []
+    assert resolve("i-quality", tmp_path, unreadable) == [tmp_path / "M-I-Quality.gguf"]
+    assert [line.partition(":")[0].partition(" ")[0] for line in unreadable] == [
+        str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf")
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"no file of tier mini, and what cannot be read: .*b\.gguf: is a folder"):
+        resolve("i-mini", tmp_path)
+    with pytest.raises(InputError, match=r"a\.gguf"):
+        find_models([tmp_path])
+    (tmp_path / "M-I-Quality.gguf").unlink()
+    with pytest.raises(InputError, match=r"cannot be read: .*a\.gguf"):
+        resolve("mini", tmp_path)
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

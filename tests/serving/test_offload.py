@@ -42,6 +42,15 @@ def test_nothing_is_lost_between_the_places(tmp_path: Path) -> None:
     with open_model(path) as model:
         where, cache = weights(model), kv_cache(model, ctx=1000, type_k="q8_0")
     every = list(placements(3, experts=True))
+    assert [
+        one.words(12) for one in (Placement(0), Placement(13), Placement(13, 2), Placement(3), Placement(3, 9))
+    ] == [
+        "all in main memory",
+        "all on the device",
+        "experts of the first 2 layers in RAM",
+        "the last 2 of 12 layers and the output on the device",
+        "the last 2 of 12 layers and the output on the device, experts of the first 9 layers in main memory",
+    ]
     assert every[0] == Placement(4)
     assert every[-1] == Placement(0)
     assert Placement(4, 3) in every

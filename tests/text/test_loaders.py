@@ -113,6 +113,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, message in (
         ("missing.txt", "cannot be opened: No such file"),
+        ("missing", "missing: no such file"),
         ("fifo.txt", "is not a regular file"),
         ("a\0b.txt", "cannot be opened"),
         ("empty", "holds no text"),

@@ -50,9 +50,11 @@ class Assembly:
         groups = estimated(groups, self.result["errors"])
         if not self.result["complete"]:
             guessed = sum(group.probes[0].kind == "guessed" for group in groups if group.probes)
+            joints = f"{sum(bool(row['joint']) for row in self.rows.values())} of {settings['joint']} joint probes"
             warnings.append(
-                f"the budget ended before all probes: {len(groups) - lacking} of {len(groups)} groups were measured, "
-                f"{lacking - guessed} are estimated from other layers and {guessed} from their error alone"
+                f"the budget ended before all probes: {len(groups) - lacking} of {len(groups)} groups and {joints} "
+                f"were measured; {lacking - guessed} groups are estimated from other layers and {guessed} from their "
+                "error alone"
             )
         if settings["joint"] and not any(row["joint"] for row in self.rows.values()):
             warnings.append("no joint probe was measured: predictions are plain sums, which are too large")

@@ -47,7 +47,7 @@ from apex_quant.gguf import GGUFModel, ggml_type, open_model
 from apex_quant.gguf.atomic import locked
 from apex_quant.importance import Importance
 from apex_quant.importance.fill import RULES, prior_of
-from apex_quant.model.facts import facts
+from apex_quant.model.facts import facts, quantized_already
 from apex_quant.native import Child, library_info
 from apex_quant.runtime.options import SessionOptions
 
@@ -142,7 +142,7 @@ def measure(
         _same_tensors(opened, probed)
         matrix = held.enter_context(Importance.read(imatrix)) if imatrix is not None else None
         read = read_texts(opened, text)
-        notes = list(read.notes)
+        notes = [*quantized_already(opened), *read.notes]
         rounding = rounding and probed is opened
         plan = _Plan(opened, matrix, groups, types, (*candidates, *([_FILE] * rounding)), joint, noise, seed)
         run_options = _options(options or SessionOptions(), ctx, opened)

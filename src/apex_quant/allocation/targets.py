@@ -59,7 +59,7 @@ def target_of(
     for name in ("size", "bpw", "fit", "kld"):
         value = given[name]
         if value is not None and not 0 < float(str(value)) < 1 << 62:
-            raise UsageError(f"a {name} of {value}")
+            raise UsageError(f"a {name} of {value}: it must be above 0 and below 2^62")
     if size is not None:
         return Target(size, None, {"size": size})
     if bpw is not None:

@@ -117,6 +117,8 @@ def calibrate(
     options, out = options or SessionOptions(), Path(out)
     if tokens < 1 or floor < 1:
         raise UsageError(f"{tokens} tokens and a floor of {floor}: both must be at least 1")
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; the matrix goes to a file such as imatrix.gguf")
     problem = library_info().problem
     if problem:
         raise ResourceError(f"{problem}, so nothing can be run", hint="`apex doctor` says how to get it")

@@ -80,7 +80,9 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(message())
             return 2
-        raise UsageError(message(), hint="apex COMMAND --help shows the options") from None
+        # newer parsers put the name of a Python exception before their words
+        said = message().replace(": Value error, ", ": ")
+        raise UsageError(said, hint="apex COMMAND --help shows the options") from None
     if result == INTERRUPTED:
         raise KeyboardInterrupt  # newer parsers return this instead of raising Abort
     return result if isinstance(result, int) else 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from apex_quant.serving.chat import Conversation, Reply
+    from apex_quant.serving.serve import ServePlan
 
 _HELP = "/new begins anew, /quit (or Ctrl-D) ends"
 
@@ -43,9 +44,16 @@ def chat(
 
     if as_json and message is None:
         raise UsageError("--json goes with one question", hint="-m TEXT")
+    if message is not None and not message.strip():
+        raise UsageError("--message: there is nothing to ask")
     console = console_for(as_json)
-    print("loading", file=sys.stderr, flush=True)
-    with run(model, vs=vs, ctx=ctx, kv=kv, system=system, threads=threads, server=server) as conversation:
+
+    def loading(plan: ServePlan) -> None:
+        print(one_line(f"loading {plan.model.name}"), file=sys.stderr, flush=True)
+
+    with run(
+        model, vs=vs, ctx=ctx, kv=kv, system=system, threads=threads, server=server, planned=loading
+    ) as conversation:  # fmt: skip
         if message is not None:
             if as_json:
                 reply = conversation.ask(message, max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -55,11 +63,14 @@ def chat(
                 _turn(console, conversation, message, max_tokens, temperature, seed)
             return
         console.print(f"[dim]{' and '.join(safe(s.plan.alias) for s in conversation.services)}: {_HELP}[/]")
+        typed = sys.stdin.isatty()  # a prompt is for somebody who types, and Ctrl-D leaves the cursor behind it
         while True:
             try:
-                text = console.input("[bold]> [/]").strip()
+                text = console.input("[bold]> [/]" if typed else "").strip()
                 text.encode()  # in some locales bytes that are no text come as half characters
             except EOFError:
+                if typed:
+                    console.print()
                 return
             except UnicodeError:
                 raise InputError("what was typed is not UTF-8", hint="or the terminal's locale is another") from None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from apex_quant.cli import one_line, safe
 from apex_quant.cli.console import console_for, print_json
@@ -256,14 +255,17 @@ def interval(value: dict[str, Any] | None, digits: int = 4) -> str:
 
 def show_results(console: Console, made: Results) -> None:
     """All metrics, then what is behind the divergence."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    from apex_quant.cli.show import table
+
+    every = table(None, "", "")
+    every.show_header = False
     for name, shown in _rows(made):
-        table.add_row(name, safe(shown))
+        every.add_row(name, safe(shown))
     console.print(safe(made.name) + (f", {made.model.bpw:.2f} bpw" if made.model.bpw else ""))
-    console.print(table)
+    console.print(every)
     kld = made.metrics.get("kld")
     if kld:
-        domains = Table("text", "mean KLD", "median", "99 %", "top-1", "perplexity", "of the reference", box=None)
+        domains = table(None, "text", ">mean KLD", ">median", ">99 %", ">top-1", ">perplexity", ">of the reference")
         for name, row in kld["by_domain"].items():
             cells = [f"{row[key]:.4g}" for key in ("median", "p99")]
             shares = [f"{row['top1_agreement']['value']:.1%}", f"{row['ppl']:.4f}", f"{row['ppl_reference']:.4f}"]

@@ -10,7 +10,7 @@ import typer
 
 from apex_quant.cli import safe
 from apex_quant.cli.console import console_for, print_json
-from apex_quant.cli.options import Json
+from apex_quant.cli.options import Json, tokens
 
 
 def export(
@@ -20,7 +20,8 @@ def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="a GGUF file, or any shard of one")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="where the files go")] = Path(),
     ctx: Annotated[
-        int | None, typer.Option("--ctx", min=1, help="tokens (default 32768, or what it was trained on)")
+        int | None,
+        typer.Option("--ctx", parser=tokens, metavar="N", help="tokens: 32k (default, or what it was trained on)"),
     ] = None,
     type_k: Annotated[str, typer.Option("--type-k", metavar="TYPE", help="of the cache")] = "f16",
     type_v: Annotated[str, typer.Option("--type-v", metavar="TYPE", help="of the cache")] = "f16",

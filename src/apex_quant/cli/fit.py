@@ -9,7 +9,7 @@ import typer
 
 from apex_quant.cli import safe
 from apex_quant.cli.console import console_for, print_json
-from apex_quant.cli.options import Json
+from apex_quant.cli.options import Json, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ def fit(
         str | None, typer.Option("--ram", metavar="SIZE", help="main memory that may be used (default: not checked)")
     ] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="that --vram is the sum of")] = 1,
-    ctx: Annotated[int, typer.Option("--ctx", min=1, help="tokens of each sequence")] = 32768,
+    ctx: Annotated[int, typer.Option("--ctx", parser=tokens, metavar="N", help="tokens of each sequence: 32k")] = 32768,
     parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="sequences at a time")] = 1,
     type_k: Annotated[str | None, typer.Option("--type-k", metavar="TYPE", help="of the cache; default: tried")] = None,
     type_v: Annotated[str | None, typer.Option("--type-v", metavar="TYPE", help="of the cache; default: tried")] = None,
@@ -47,11 +47,11 @@ def fit(
 ) -> None:  # fmt: skip
     """Exact bytes of weights, KV cache and states, compute buffers, expert offload: what fits, how much context."""
     from apex_quant.serving.fit import fit as run
-    from apex_quant.sizes import parse_size
+    from apex_quant.sizes import parse_memory, parse_size
 
     found = run(
         list(places),
-        vram=_size(vram),
+        vram=parse_memory(vram),
         ram=None if ram is None else parse_size(ram),
         devices=devices,
         ctx=ctx,
@@ -59,7 +59,7 @@ def fit(
         type_k=type_k,
         type_v=type_v,
         ubatch=ubatch,
-        reserve=None if reserve is None else _size(reserve),
+        reserve=None if reserve is None else parse_memory(reserve),
         joint=joint or None,
         results=results or (),
     )
@@ -67,12 +67,6 @@ def fit(
         print_json(found.to_json())
     else:
         show(console_for(False), found)
-
-
-def _size(text: str) -> int:
-    from apex_quant.sizes import parse_size
-
-    return 0 if text.strip() in ("0", "none") else parse_size(text)
 
 
 def show(console: Console, found: Fit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from apex_quant.cli import safe
 from apex_quant.cli.console import console_for, print_json
 from apex_quant.cli.evaluate import Chunks, EvaluationBar, EveryToken, Text, interval
 from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, NoMmap, TensorSplit, Threads, session_options
-from apex_quant.errors import UsageError
+from apex_quant.sizes import parse_ctx
 
 if TYPE_CHECKING:
     from apex_quant.evaluation.kv import KVResult
@@ -69,7 +70,7 @@ def kv(
             source=source,
             types=STOCK if types is None else _words(types),
             pairs=MIXED if types is None else (),
-            ctx=_numbers(ctx),
+            ctx=[parse_ctx(word) for word in ctx.split(",")],
             text=text,
             chunks=chunks,
             scored="all" if every_token else "half",
@@ -90,13 +91,6 @@ def _words(given: list[str] | None) -> list[str]:
     return [word.strip() for one in given or () for word in one.split(",") if word.strip()]
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--ctx {text!r} is not a list of numbers such as 512,4096") from None
-
-
 def show_kv(console: Console, found: KVResult) -> None:
     """One line for each pair, then what cannot be told apart, predictions and notes."""
     from apex_quant.cli.show import table
@@ -113,16 +107,33 @@ def show_kv(console: Console, found: KVResult) -> None:
     console.print(made)
     measured = sorted({row["ctx"] for row in found.pairs if row["ctx"]})
     if measured:
-        console.print(f"[dim]divergence at {', '.join(map(str, measured))} tokens, 95 % intervals over chunks[/]")
-    for one, after in zip(document["ranking"], document["ranking"][1:], strict=False):
-        if one["differs"] is False:
-            console.print(safe(f"no difference shown between {_name(one)} and {_name(after)}"))
+        over = ", 95 % intervals over chunks" if any(row["kld_mean"]["low"] is not None for row in found.pairs) else ""
+        console.print(f"[dim]divergence at {', '.join(map(str, measured))} tokens{over}[/]")
+    for line in _compared(document["ranking"]):
+        console.print(safe(line))
     for row in found.simulated:
         console.print(safe(f"simulated: {row['sentence'] or row.get('problem')}"))
     for note in document["notes"]:
         console.print(f"[yellow]note:[/] {safe(note)}")
     if found.path is not None:
         console.print(f"[dim]{safe(str(found.path))}[/]")
+
+
+def _compared(ranking: list[dict[str, Any]]) -> list[str]:
+    """Neighbours between which no difference is shown; where the text was too short to look for one, that instead."""
+    from apex_quant.evaluation.statistics import MIN_CHUNKS
+
+    pairs = [(one, after) for one, after in pairwise(ranking) if one["to_next"] is not None]
+    short = [one["to_next"] for one, _ in pairs if one["to_next"]["low"] is None]
+    if short:
+        return [
+            f"{short[0]['chunks']} chunks: intervals and comparisons take {MIN_CHUNKS} (more --chunks, or more text)"
+        ]
+    return [
+        f"no difference shown between {_name(one)} and {_name(after)}"
+        for one, after in pairs
+        if one["differs"] is False
+    ]
 
 
 def _name(row: dict[str, Any]) -> str:

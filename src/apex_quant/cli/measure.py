@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from apex_quant.cli import safe
 from apex_quant.cli.calibrate import parse_count
@@ -136,6 +135,7 @@ def measure(
 def show_sensitivities(console: Console, made: Sensitivities, out: Path) -> None:
     """What it cost, the most sensitive groups by byte, and how far costs add up."""
     from apex_quant.allocation.cost import CostModel
+    from apex_quant.cli.show import table
 
     console.print(
         f"{safe(str(out))}: {len(made.groups)} groups, {made.text.tokens} tokens in each probe, "
@@ -145,12 +145,12 @@ def show_sensitivities(console: Console, made: Sensitivities, out: Path) -> None
     def first(group: Group) -> float:
         return group.probes[0].kld if group.probes else 0.0
 
-    table = Table("most sensitive", "in", "KLD", "standard error", "experts changed", box=None, pad_edge=False)
+    most = table(None, "most sensitive", "in", ">KLD", ">standard error", ">experts changed")
     for group in sorted(made.groups, key=first, reverse=True)[:_SHOWN]:
         for one in group.probes[:1]:
             flips = f"{one.flips:.2%}" if one.flips is not None else ""
-            table.add_row(safe(group.name), safe(one.type), f"{one.kld:.3g}", f"{one.error:.1g}", flips)
-    console.print(table)
+            most.add_row(safe(group.name), safe(one.type), f"{one.kld:.3g}", f"{one.error:.1g}", flips)
+    console.print(most)
     model = CostModel.from_sensitivities(made)
     if made.rounding is not None:
         console.print(
@@ -158,9 +158,7 @@ def show_sensitivities(console: Console, made: Sensitivities, out: Path) -> None
             f"standard error of {made.rounding.error:.1g}"
         )
     if made.joint:
-        rows = Table(
-            "whole recipes", "sum of parts", "predicted", "measured", "standard error", box=None, pad_edge=False
-        )
+        rows = table(None, "whole recipes", ">sum of parts", ">predicted", ">measured", ">standard error")
         for joint in sorted(made.joint, key=lambda one: one.kld):
             total = model.total(joint.types)
             rows.add_row(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from apex_quant.cli import safe
 from apex_quant.cli.console import console_for, print_json
@@ -21,14 +19,13 @@ from apex_quant.cli.measure import Budget, Load, MeasureBar, parse_time
 from apex_quant.cli.options import Buffers, CpuExperts, GpuLayers, Json, TensorSplit, Threads, session_options
 from apex_quant.cli.progress import JobBar
 from apex_quant.errors import UsageError
-from apex_quant.sizes import parse_size
+from apex_quant.sizes import parse_ctx, parse_size
 
 if TYPE_CHECKING:
     from apex_quant.allocation.frontier import Frontier
     from apex_quant.allocation.optimize import Optimized, OptimizeProgress
     from apex_quant.recipe.planned import PlanOptions
 
-_CONTEXT = re.compile(r"(\d{1,9})([km]?)", re.IGNORECASE | re.ASCII)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="the full-precision GGUF file, or any shard of one")]
 Sensitivity = Annotated[
@@ -100,7 +97,12 @@ def optimize(
         str | None, typer.Option("--fit", metavar="SIZE", help="memory for weights, cache and compute: 16GB")
     ] = None,
     ctx: Annotated[str, typer.Option("--ctx", help="tokens of context that --fit leaves room for: 32k")] = "8k",
-    kld: Annotated[float | None, typer.Option("--kld", help="the smallest file of this predicted mean KLD")] = None,
+    kld: Annotated[
+        float | None,
+        typer.Option(
+            "--kld", help="the smallest file of this mean KLD, predicted and then measured (docs/optimize.md)"
+        ),
+    ] = None,
     like_size: Annotated[
         Path | None, typer.Option("--like-size", metavar="GGUF", help="at most as large as this file")
     ] = None,
@@ -158,7 +160,7 @@ def optimize(
             size=parse_size(size) if size else None,
             bpw=bpw,
             fit=parse_size(fit) if fit else None,
-            ctx=parse_context(ctx),
+            ctx=parse_ctx(ctx),
             kld=kld,
             like_size=like_size,
             types=types,
@@ -319,15 +321,6 @@ def measured_how(sensitivity: Path | None, groups: str | None, budget: str | Non
     return asked
 
 
-def parse_context(text: str) -> int:
-    """'32k' to 32768. Raises UsageError."""
-    found = _CONTEXT.fullmatch(text.strip())
-    tokens = int(found[1]) * 1024 ** " km".index(found[2].lower() or " ") if found else 0
-    if not 0 < tokens < 1 << 31:
-        raise UsageError(f"{text!r} is not a context; write 8192 or 32k")
-    return tokens
-
-
 def siblings(text: str) -> tuple[str, ...]:
     """'gate_up,qkv' as a tuple."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
@@ -338,6 +331,8 @@ def siblings(text: str) -> tuple[str, ...]:
 
 def show_optimized(console: Console, made: Optimized) -> None:
     """Size, what was predicted and measured, how far from optimal, and where it is."""
+    from apex_quant.cli.show import table
+
     asked = f" of {made.target_bytes:,} asked" if made.target_bytes is not None else ""
     console.print(f"{made.total_bytes:,} bytes{asked}, {made.bpw:.3f} bpw")
     measured = made.measured_kld
@@ -351,11 +346,11 @@ def show_optimized(console: Console, made: Optimized) -> None:
     proof = "proved optimal" if made.proved else f"at most {made.gap / max(1 - made.gap, 1e-9):.2%} above the optimum"
     console.print(f"of the predicted cost: {proof}; one more MB saves {made.shadow_price:.3g} nats")
     if len(made.candidates) > 1:
-        table = Table("candidate", "bytes", "predicted", "measured", box=None)
+        rows = table(None, "candidate", ">bytes", ">predicted", ">measured")
         for one in made.candidates:
             cells = [f"{one['total_bytes']:,}", f"{one['predicted_kld']:.4g}", interval(one["measured_kld"])]
-            table.add_row(safe(one["name"]), *cells)
-        console.print(table)
+            rows.add_row(safe(one["name"]), *cells)
+        console.print(rows)
     for note in made.notes:
         console.print(f"[yellow]note:[/] {safe(note)}")
     for path in (made.recipe, made.certificate, made.output):
@@ -365,12 +360,14 @@ def show_optimized(console: Console, made: Optimized) -> None:
 
 def show_frontier(console: Console, made: Frontier) -> None:
     """The curve as a table."""
-    table = Table("MB", "bpw", "predicted KLD", "nats per MB", "types by bytes", box=None)
+    from apex_quant.cli.show import table
+
+    rows = table(None, ">MB", ">bpw", ">predicted KLD", ">nats per MB", "types by bytes")
     for point in made.points:
         most = ", ".join(list(point.types)[:4])
         cells = [f"{point.total_bytes / 1e6:.2f}", f"{point.bpw:.3f}", f"{point.predicted_kld:.4g}"]
-        table.add_row(*cells, f"{point.shadow_price:.3g}", most)
-    console.print(table)
+        rows.add_row(*cells, f"{point.shadow_price:.3g}", most)
+    console.print(rows)
     for row in made.tiers:
         console.print(f"tier {row['tier']}: {row['total_bytes'] / 1e6:.2f} MB, predicted {row['predicted_kld']:.4g}")
     for line in (*made.left_out, *made.notes):

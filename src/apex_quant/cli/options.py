@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apex_quant.errors import UsageError
+from apex_quant.sizes import parse_ctx
 
 if TYPE_CHECKING:
     from apex_quant.runtime.options import SessionOptions
@@ -23,6 +24,11 @@ Buffers = Annotated[
 NoMmap = Annotated[bool, typer.Option("--no-mmap", help="read the model into memory")]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing file once the new one is complete")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, everything else on stderr")]
+
+
+def tokens(given: str | int) -> int:
+    """A context for typer's `parser`, which also gets the default. Raises UsageError."""
+    return given if isinstance(given, int) else parse_ctx(given)
 
 
 def session_options(

@@ -29,6 +29,7 @@ from apex_quant.recipe.tiers import published_tiers
 from apex_quant.text import heldout
 
 TOKENS = 8192  # half a minute on a slow core; real calibrations take 50k and more
+_SHOWN = 0.005  # share of the bytes
 CTX, CHUNKS = 512, 8  # of each domain's text: 40 chunks in all, enough for an interval
 
 
@@ -47,8 +48,9 @@ def quickstart(folder: str | Path, console: Console) -> dict[str, Any]:
             f"{report.active_parameters / 1e6:.1f} M active, {report.layers} layers, {report.experts} experts, "
             f"{human(report.file_bytes)} in BF16"
         )
-        for usage in report.roles[:4]:
-            console.print(f"   [dim]{usage.name}: {usage.share:.0%} of the bytes[/]")
+        for usage in sorted(report.roles, key=lambda one: -one.share):
+            if usage.share >= _SHOWN:
+                console.print(f"   [dim]{usage.name}: {usage.share:.0%} of the bytes[/]")
     console.print(
         "[bold]2. Calibrate[/]: which inputs matter, and which experts text reaches, from the built-in corpus"
     )

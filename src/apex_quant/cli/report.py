@@ -125,11 +125,11 @@ def which(
 ) -> None:
     """Which file should I take? The best measured one that fits with its context, and why."""
     from apex_quant.report.choose import choose, parse_ctx
-    from apex_quant.sizes import parse_size
+    from apex_quant.sizes import parse_memory, parse_size
 
     found = choose(
         place,
-        vram=parse_size(vram),
+        vram=parse_memory(vram),
         ctx=parse_ctx(ctx),
         type_k=type_k,
         type_v=type_v,

@@ -89,13 +89,13 @@ def _show_pairs(console: Console, pairs: list[Pair]) -> None:
     from apex_quant.cli.show import table
 
     made = table(
-        None, "a", "b", "metric", ">a - b", ">low", ">high", ">n", ">a better", ">a worse", ">McNemar p", "verdict"
+        None, "a", "b", "metric", ">a - b", ">low", ">high", ">n", ">a better", ">a worse", ">McNemar p", "better"
     )
     for pair in pairs:
         made.add_row(
             safe(pair.a), safe(pair.b), safe(pair.metric), _number(pair.difference), _number(pair.low),
             _number(pair.high), f"{pair.n:,}", _percent(pair.better), _percent(pair.worse),
-            "-" if pair.p is None else f"{pair.p:.2g}", pair.verdict,
+            "-" if pair.p is None else f"{pair.p:.2g}", _better(pair),
         )  # fmt: skip
     console.print(made)
     for pair in pairs:
@@ -107,6 +107,13 @@ def _show_pairs(console: Console, pairs: list[Pair]) -> None:
             f"[dim]{shown} intervals at {100 * pairs[0].level:g} % each: where there is no difference, about "
             f"{wrong:g} % of them exclude zero all the same[/]"
         )
+
+
+def _better(pair: Pair) -> str:
+    """Whose result is better, whichever way its numbers go."""
+    if pair.better_result is not None:
+        return safe(pair.better_result)
+    return "too little to tell" if pair.low is None else "no difference shown"
 
 
 def _show_results(console: Console, found: list[Results]) -> None:

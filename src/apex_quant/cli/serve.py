@@ -52,9 +52,8 @@ def serve(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Serve a model with what fits this machine, chosen and explained; Ctrl-C ends it."""
-    from apex_quant.cli.fit import _size
     from apex_quant.serving.serve import serve as run
-    from apex_quant.sizes import parse_size
+    from apex_quant.sizes import parse_memory, parse_size
 
     def log(name: str, line: str) -> None:
         if verbose:
@@ -75,8 +74,9 @@ def serve(
     try:
         with run(
             place, folder=folder, ctx=ctx, kv=kv, host=host, port=port, api_key_file=api_key_file, parallel=parallel,
-            vram=None if vram is None else _size(vram), ram=None if ram is None else parse_size(ram), alias=alias,
-            threads=threads, server=server, planned=show, log=log,
+            vram=None if vram is None else parse_memory(vram),
+            ram=None if ram is None else parse_size(ram),
+            alias=alias, threads=threads, server=server, planned=show, log=log,
         ) as service:  # fmt: skip
             started, plan = True, service.plan
             if as_json:

@@ -295,6 +295,7 @@ def show_difference(console: Console, found: Difference) -> None:
 def show_diagnosis(console: Console, found: Diagnosis) -> None:
     """The doctor's findings: facts, then what is missing and how to get it."""
     made = table(None, "", "")
+    made.show_header = False
     for key, value in found.facts():
         made.add_row(key, safe(value))
     console.print(made)

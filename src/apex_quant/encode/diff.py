@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from apex_quant.encode.job import JobProgress
+from apex_quant.errors import InputError
 from apex_quant.gguf import GGUFModel, TensorInfo, open_model
+from apex_quant.model.facts import NOT_MODELS
 from apex_quant.model.stats import weight_chunks
 
 _BLOCK = 8 << 20
@@ -69,9 +71,11 @@ def diff(
     """Compare two files (or sets of shards) tensor by tensor.
 
     Equal types are compared byte by byte unless `headers_only`; `values` also dequantizes what differs and gives
-    the relative error sqrt(sum((b-a)^2) / sum(a^2)). Raises GGUFError for files that cannot be read.
+    the relative error sqrt(sum((b-a)^2) / sum(a^2)). Raises GGUFError for files that cannot be read, InputError for
+    files of which one is a model and one is not.
     """
     with open_model(a) as one, open_model(b) as two:
+        _require_alike(one, two)
         names = list(dict.fromkeys([*one.tensors, *two.tensors]))
         total = sum(info.nbytes for info in one.tensors.values())
         tensors, equal, done = [], 0, 0
@@ -93,6 +97,16 @@ def diff(
             tensors=tuple(tensors),
             tensors_equal=equal,
         )
+
+
+def _require_alike(one: GGUFModel, two: GGUFModel) -> None:
+    """A model and an importance matrix or an adapter have no tensors in common: a list of all of them says nothing."""
+    kinds = [(model, str(model.get("general.type") or "model")) for model in (one, two)]
+    others = [(model, kind) for model, kind in kinds if kind in NOT_MODELS]
+    if others and kinds[0][1] != kinds[1][1]:
+        model, kind = others[0]
+        hint = "apex imatrix diff compares two of them" if kind == "imatrix" else None
+        raise InputError(f"{model.path}: a GGUF file of type {kind!r}, not a model as the other", hint=hint)
 
 
 def _metadata(one: GGUFModel, two: GGUFModel) -> list[tuple[str, str | None, str | None]]:

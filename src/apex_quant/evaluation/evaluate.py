@@ -20,7 +20,7 @@ from apex_quant.errors import InputError, ResourceError, UsageError, did_you_mea
 from apex_quant.evaluation import environment, results, state
 from apex_quant.evaluation.choices import TASKS as TASKS_OF_EACH
 from apex_quant.evaluation.choices import evaluate_choices
-from apex_quant.evaluation.harness import HarnessPlan, chosen_tasks, run_harness
+from apex_quant.evaluation.harness import HarnessPlan, chosen_tasks, find_lm_eval, run_harness
 from apex_quant.evaluation.identity import identity
 from apex_quant.evaluation.schema import TASKS, ModelInfo, Results, different_references
 from apex_quant.evaluation.selection import SEED
@@ -93,13 +93,15 @@ def evaluate(
             target = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="apex-eval-"))) / "results.json"
         lock = held.enter_context(state.locked(target))
         one = _Evaluation(opened, target, lock, options or SessionOptions(), progress or (lambda _: None), save_seconds)
+        files = {kind: _task_file(kind, files.get(kind)) for kind in wanted if kind in TASKS}
+        if harness is not None and one.unanswered(harness)[0]:
+            find_lm_eval()
         if child is not None:
             job = TokenJob(opened, reference, source, one.options, target, one.report, save_seconds)
             job.plan(text, ctx, chunks, scored)
             one.on_text(child, job, on_text, floor=floor)
-        for kind in wanted:
-            if kind in TASKS:
-                one.on_tasks(kind, files.get(kind), tasks, seed)
+        for kind, path in files.items():
+            one.on_tasks(kind, path, tasks, seed)
         if "speed" in wanted:
             one.on_speed(timing)
         if harness is not None:
@@ -133,6 +135,14 @@ def _wanted(
     if not has_reference and (needs := [name for name in ("kld", "router") if name in chosen]):
         raise UsageError(f"{needs[0]} needs a reference", hint="--reference MODEL-BF16.gguf, or a .apexref file")
     return [name for name in METRICS if name in chosen]
+
+
+def _task_file(kind: str, file: str | None) -> str:
+    """Where the tasks are, read once: a file that is missing or broken is found before hours are spent. Raises
+    UsageError, InputError or ResourceError."""
+    path = task_file(kind, file)
+    read_tasks(path, kind)
+    return str(path)
 
 
 def _target(out: Path, model: GGUFModel) -> Path:
@@ -184,7 +194,7 @@ class _Evaluation:
         self._add(found, [*job.notes, *warnings], job.settings, reference)
         job.clean()
 
-    def on_tasks(self, kind: str, file: str | None, tasks: int, seed: int) -> None:
+    def on_tasks(self, kind: str, file: str, tasks: int, seed: int) -> None:
         """Measure one benchmark, unless it is there."""
         settings = {"tasks": tasks, "seed": seed, "options": self.options.model_dump(mode="json", exclude={"threads"})}
         if self._has_tasks(kind, file, settings):
@@ -206,14 +216,14 @@ class _Evaluation:
         self._add([(kind, value, bare)], value.get("notes", ()), {kind: settings}, None)
         path.unlink(missing_ok=True)
 
-    def _has_tasks(self, kind: str, file: str | None, settings: dict[str, Any]) -> bool:
+    def _has_tasks(self, kind: str, file: str, settings: dict[str, Any]) -> bool:
         """Whether the same call was finished before, with the same library and the same file."""
         if self.known is None or kind not in self.known.metrics or self.known.settings.get(kind) != settings:
             return False
         if self.known.environment.get("library") != environment.collect()["library"]:
             return False
         known = self.known.metrics[kind].get("file_sha256")
-        return bool(read_tasks(task_file(kind, file), kind).sha256 == known)
+        return bool(read_tasks(file, kind).sha256 == known)
 
     def on_speed(self, timing: SpeedPlan) -> None:
         """Time the model, unless the same was timed on this machine with this library while nothing else ran."""
@@ -232,11 +242,7 @@ class _Evaluation:
 
     def on_harness(self, plan: HarnessPlan) -> None:
         """Ask what is not answered yet, with the same settings; each task is kept as soon as it is finished."""
-        asked = {"limit": plan.limit, "chat": plan.chat, "parallel": plan.parallel}
-        settings = {**asked, "options": self.options.model_dump(mode="json", exclude={"threads"})}
-        there = self.known.metrics if self.known is not None else {}
-        before = self.known.settings if self.known is not None else {}
-        left = [name for name in plan.tasks if name not in there or before.get(name) != settings]
+        left, settings = self.unanswered(plan)
         if left:
             run_harness(
                 self.model.path,
@@ -249,6 +255,14 @@ class _Evaluation:
                 on_result=lambda name, value: self._add([(name, value, None)], (), {name: settings}, None),
                 progress=self._tell,
             )
+
+    def unanswered(self, plan: HarnessPlan) -> tuple[list[str], dict[str, Any]]:
+        """Tasks of the plan that have no answers with the same settings, and those settings."""
+        asked = {"limit": plan.limit, "chat": plan.chat, "parallel": plan.parallel}
+        settings = {**asked, "options": self.options.model_dump(mode="json", exclude={"threads"})}
+        there = self.known.metrics if self.known is not None else {}
+        before = self.known.settings if self.known is not None else {}
+        return [name for name in plan.tasks if name not in there or before.get(name) != settings], settings
 
     def _tell(self, event: dict[str, Any]) -> None:
         self.report(EvaluationProgress(event["what"], event["done"], event["planned"], event["resumed"], 0))

@@ -82,6 +82,7 @@ def kv(
     save_seconds: float = SAVE_SECONDS,
 ) -> KVResult:
     """Measure pairs of cache types of `model`; the result is also at `out`, with numbers per token beside it (.npz).
+    An earlier result there is replaced; other files are not.
 
     `types`: names, each for both K and V, or pairs such as "q8_0/q5_1"; `pairs`: more of them. f16 is always there.
     `ctx`: contexts for which memory is given; divergence is measured at those that the model was trained on and the
@@ -104,8 +105,11 @@ def kv(
     served = [pair for pair in asked if pair.turbo]
     wanted = list(dict.fromkeys([*wanted, *served]))
     asked = [pair for pair in asked if not pair.turbo]
-    if not ctx or min(ctx) < 16 or (chunks is not None and chunks < 1):
-        raise UsageError(f"contexts {list(ctx)} and {chunks} chunks: at least one context of 16, and 1 chunk")
+    if not ctx or min(ctx) < 16:
+        given = ", ".join(map(str, ctx)) or "none"
+        raise UsageError(f"contexts (--ctx): {given}; it takes at least one, and each of 16 tokens or more")
+    if chunks is not None and chunks < 1:
+        raise UsageError(f"{chunks} chunks (--chunks): at least 1")
     chosen = options or SessionOptions()
     if wanted and chosen.gpu_layers:
         raise UsageError("a simulation changes the cache in main memory", hint="leave --gpu-layers away")
@@ -143,7 +147,24 @@ def _target(out: str | Path | None, opened: GGUFModel, held: ExitStack) -> Path:
         raise UsageError(f"{target.parent}: no such folder")
     if any(target.resolve() == Path(file.path).resolve() for file in opened.files):
         raise UsageError(f"{target}: is the model", hint="choose another -o")
+    _require_ours(target)
     return target
+
+
+def _require_ours(target: Path) -> None:
+    """Only an earlier result of kv() is replaced, and only the numbers per token that it names. Raises UsageError."""
+    if target.is_dir() or target.suffix in (".npz", ".gguf"):
+        raise UsageError(f"{target}: the result goes to a file such as kv.json")
+    archive = target.with_suffix(".npz")
+    document = read_json(target)
+    if document is None or document.get("schema") != SCHEMA:
+        taken = next((path for path in (target, archive) if path.exists() or path.is_symlink()), None)
+    else:
+        about = document.get("per_token")
+        named = about.get("path") if isinstance(about, dict) else None
+        taken = archive if archive.exists() and named != archive.name else None
+    if taken is not None:
+        raise UsageError(f"{taken} exists already and is no result of apex kv", hint="choose another -o")
 
 
 def _finished(target: Path, spec: str) -> dict[str, Any] | None:

@@ -215,10 +215,13 @@ class Run:
         return speeds
 
     def _write(self, document: dict[str, Any], arrays: dict[str, Any]) -> None:
-        """Numbers per token first, so that the document never names a file that is not there."""
+        """Numbers per token wait beside the archive until the document names them: a kill in between loses neither
+        an earlier result nor leaves an archive that no document knows."""
         archive = self.target.with_suffix(".npz")
-        document["per_token"] = {"path": archive.name, "sha256": pertoken.write(archive, arrays)}
+        waiting = archive.with_name(archive.name + pertoken.NEXT)
+        document["per_token"] = {"path": archive.name, "sha256": pertoken.write(waiting, arrays)}
         write_json(self.target, document)
+        waiting.replace(archive)
 
     def _clean(self, found: dict[str, Any]) -> None:
         for context in found["contexts"]:

@@ -23,7 +23,7 @@ from apex_quant.evaluation.steps import Batching, Scored
 from apex_quant.evaluation.texts import read_texts
 from apex_quant.evaluation.token_job import CTX, EvaluationProgress, Report
 from apex_quant.gguf import open_model
-from apex_quant.model.facts import facts
+from apex_quant.model.facts import facts, quantized_already
 from apex_quant.native import Child, library_info
 from apex_quant.runtime.options import SessionOptions
 
@@ -143,5 +143,5 @@ def make_reference(
         error=result["error"],
         seconds=time.monotonic() - started,
         resumed=result["resumed"],
-        warnings=texts.notes,
+        warnings=(*quantized_already(opened), *texts.notes),
     )

@@ -92,7 +92,8 @@ def open_regular(path: str) -> tuple[int, int]:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise GGUFError("is not a regular file", path)
+        folder = stat.S_ISDIR(status.st_mode)
+        raise GGUFError("is a folder: name a file in it" if folder else "is not a regular file", path)
     return fd, status.st_size
 
 

@@ -7,6 +7,7 @@ type, a negative count or an array of the wrong length is an InputError that nam
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -94,6 +95,17 @@ class ModelFacts:
 def facts(model: GGUFModel) -> ModelFacts:
     """The facts of an open model. Raises InputError when a key is missing, mistyped or out of bounds."""
     return facts_of(model.metadata, model.architecture, model.tensors, str(model.path))
+
+
+def quantized_already(model: GGUFModel) -> tuple[str, ...]:
+    """A warning for a file that is to stand for the full-precision model and has quantized tensors; none for others."""
+    types = Counter(info.type.name for info in model.tensors.values() if info.type.is_quantized)
+    if not types:
+        return ()
+    return (
+        f"{sum(types.values())} of {len(model.tensors)} tensors of {model.path.name} are quantized already (most to "
+        f"{types.most_common(1)[0][0]}): what is measured against it is not the distance from full precision",
+    )
 
 
 def facts_of(

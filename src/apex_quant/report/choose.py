@@ -26,6 +26,7 @@ from apex_quant.report.gather import Gathered, gather
 from apex_quant.report.pairs import Pairs
 from apex_quant.report.quantities import QUANTITIES, Number
 from apex_quant.report.sentences import ranked_by
+from apex_quant.sizes import parse_ctx
 
 CTX: Final = 32768
 UBATCH: Final = 512
@@ -193,7 +194,7 @@ def choose(
     Raises UsageError for sizes below 1 and cache types that cannot be, InputError when nothing is ranked.
     """
     if vram < 1 or ctx < 1 or (ram is not None and ram < 1):
-        raise UsageError("memory and context are at least 1")
+        raise UsageError("memory and context are at least 1", hint="without a device, --vram is the main memory to use")
     gathered = results if isinstance(results, Gathered) else gather(with_results(results))
     key = ranked_by(gathered)
     rows = ranked(gathered, key) if key is not None else []
@@ -240,15 +241,6 @@ def tied(
     """Labels of the next in rank to which no difference is shown, and of those that cannot be paired with the best."""
     verdicts = [(other.label, pairs.shown(best, other, key)) for other in others[:neighbours]]
     return [label for label, shown in verdicts if shown is False], [label for label, shown in verdicts if shown is None]
-
-
-def parse_ctx(text: str) -> int:
-    """'32k' to 32768, '40000' to 40000; k is 1024, as contexts are named. Raises UsageError."""
-    word = text.strip().lower()
-    digits = word.removesuffix("k")
-    if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:12]) < 1 << 31:
-        raise UsageError(f"{text!r} is not a context; write 32k or 40000")
-    return int(digits) * (1024 if word.endswith("k") else 1)
 
 
 def with_results(places: str | Path | Sequence[str | Path]) -> list[str | Path]:

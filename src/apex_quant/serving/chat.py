@@ -24,7 +24,7 @@ from typing import Any, Final, Self
 from apex_quant.errors import ResourceError
 from apex_quant.evaluation.programs import Log
 from apex_quant.serving.access import reachable
-from apex_quant.serving.serve import Service, serve
+from apex_quant.serving.serve import ServePlan, Service, serve
 
 MAX_TOKENS: Final = 512
 _CONTEXT_SHOWN: Final = 60  # characters of the common text, for the message
@@ -215,14 +215,16 @@ def chat(
     system: str | None = None,
     threads: int | None = None,
     server: str | os.PathLike[str] | None = None,
+    planned: Callable[[ServePlan], None] | None = None,
     log: Log | None = None,
 ) -> Conversation:
-    """Start what answers: one server for each file, on this machine only. Raises what serve() raises."""
+    """Start what answers: one server for each file, on this machine only. `planned` as for serve(): told of each file
+    before it is loaded. Raises what serve() raises."""
     resources = ExitStack()
     services = []
     try:
         for place in (model, *([] if vs is None else [vs])):
-            one = serve(place, ctx=ctx, kv=kv, port=0, threads=threads, server=server, log=log)
+            one = serve(place, ctx=ctx, kv=kv, port=0, threads=threads, server=server, planned=planned, log=log)
             services.append(resources.enter_context(one))
     except BaseException:
         resources.close()

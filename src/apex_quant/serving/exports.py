@@ -132,9 +132,9 @@ def export(
     `ctx`: tokens (default 32768, or less where the model was trained on less); `gpu_layers`: as llama.cpp counts them
     (default all); `uri`: where the model's files can be downloaded, a folder such as
     https://huggingface.co/USER/REPO/resolve/main (default: where they lie); `publisher`: whose model it is, for LM
-    Studio. Raises UsageError for an unknown target, cache types that the target has not, a `uri` that is none and
-    existing files without `force`, InputError for a file that is no model or whose path no configuration can name,
-    ResourceError for a full disk.
+    Studio. Raises UsageError for an unknown target, cache types that the target has not, a `uri` that is none,
+    an `out` that is a file and existing files without `force`, InputError for a file that is no model or whose path no
+    configuration can name, ResourceError for a full disk.
     """
     from apex_quant.serving.exports_targets import WRITERS
 
@@ -148,6 +148,9 @@ def export(
     if uri is not None and not _URI.fullmatch(uri):
         raise UsageError(f"--uri {uri[:100]!r} is no address", hint="https://huggingface.co/USER/REPO/resolve/main")
     folder = Path(out)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():  # before the model is read and hashed
+        raise UsageError(f"{there}: is a file, not a folder", hint="-o names the folder for the files")
     warnings: list[str] = []
     subject = _subject(Path(model), ctx, type_k, type_v, gpu_layers, cpu_moe, name, uri, publisher, warnings, progress)
     if subject.why_no_frame and target == "ollama":

@@ -250,14 +250,16 @@ def fit(
     )
 
 
-def find_models(places: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_models(places: Iterable[str | os.PathLike[str]], unreadable: list[str] | None = None) -> list[Path]:
     """GGUF files, of sharded ones the first shard. Folders give the language models in them: importance matrices,
-    adapters and projectors are passed over. Raises InputError, also for a broken file in a folder."""
+    adapters and projectors are passed over. Raises InputError, also for a broken file in a folder, unless there is a
+    list `unreadable`, to which is added what is wrong with it."""
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = [path for path in sorted(place.glob("*.gguf")) if _first_shard(path) and _is_language_model(path)]
-            if not inside:
+            shown = [path for path in sorted(place.glob("*.gguf")) if _first_shard(path)]
+            inside = [path for path in shown if _is_language_model(path, unreadable)]
+            if not inside and not unreadable:
                 raise InputError(f"{place}: no models there", hint="GGUF files, not in folders of that folder")
             found += inside
         else:
@@ -270,10 +272,16 @@ def _first_shard(path: Path) -> bool:
     return named is None or int(named["no"]) == 1
 
 
-def _is_language_model(path: Path) -> bool:
-    with open_model(path) as model:
-        other = model.get("general.type") in NOT_MODELS or model.architecture in PROJECTOR_ARCHITECTURES
-        return not other and model.get("{arch}.block_count") is not None
+def _is_language_model(path: Path, unreadable: list[str] | None = None) -> bool:
+    try:
+        with open_model(path) as model:
+            other = model.get("general.type") in NOT_MODELS or model.architecture in PROJECTOR_ARCHITECTURES
+            return not other and model.get("{arch}.block_count") is not None
+    except InputError as error:
+        if unreadable is None:
+            raise
+        unreadable.append(error.message)
+        return False
 
 
 def shown_name(path: Path) -> str:

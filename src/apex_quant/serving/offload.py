@@ -127,7 +127,8 @@ class Placement:
             return "all in main memory"
         if self.gpu_layers > layers:
             return f"experts of the first {self.cpu_moe} layers in RAM" if self.cpu_moe else "all on the device"
-        return f"the last {self.gpu_layers - 1} of {layers} layers and the output on the device"
+        said = f"the last {self.gpu_layers - 1} of {layers} layers and the output on the device"
+        return said + (f", experts of the first {self.cpu_moe} layers in main memory" if self.cpu_moe else "")
 
     def to_json(self) -> dict[str, Any]:
         return {"gpu_layers": self.gpu_layers, "n_cpu_moe": self.cpu_moe}

@@ -28,6 +28,7 @@ from apex_quant.recipe.tiers import find_tier, tier_names
 from apex_quant.serving import backend
 from apex_quant.serving.access import bindable, is_loopback, reachable, read_keys
 from apex_quant.serving.fit import MIB, SAFE_PAIRS, Fit, Option, find_models, fit, shown_name
+from apex_quant.sizes import parse_ctx
 
 AUTO_CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048, 1024)
 """Tried from the longest; more than the first must be asked for."""
@@ -67,17 +68,21 @@ class ServePlan:
         }  # fmt: skip
 
 
-def resolve(place: str | os.PathLike[str], folder: str | os.PathLike[str] = ".") -> list[Path]:
+def resolve(
+    place: str | os.PathLike[str], folder: str | os.PathLike[str] = ".", unreadable: list[str] | None = None
+) -> list[Path]:
     """The files that `place` stands for: a model, the models of a folder, or those of a tier in `folder`.
 
-    A file's tier is what its metadata says, else the end of its name. Raises InputError, which for a tier that is not
-    there names those that are.
+    A file's tier is what its metadata says, else the end of its name. Files in `folder` that cannot be read do not end
+    the search for a tier: what is wrong with them is added to `unreadable`. Raises InputError, which for a tier that is
+    not there names those that are.
     """
     wanted = None if Path(place).exists() else _tier(os.fspath(place))
     if wanted is None:
         return find_models([place])
     by_tier: dict[str, list[Path]] = {}
-    for path in find_models([folder]):
+    broken: list[str] = [] if unreadable is None else unreadable
+    for path in find_models([folder], broken):
         with open_model(path) as model:
             stated = model.get("apex.tier")
         name = shown_name(path).lower()
@@ -88,7 +93,10 @@ def resolve(place: str | os.PathLike[str], folder: str | os.PathLike[str] = ".")
     if wanted in by_tier:
         return by_tier[wanted]
     there = ", ".join(f"{tier} ({path.name})" for tier, paths in sorted(by_tier.items()) for path in paths)
-    raise InputError(f"{folder}: no file of tier {wanted}", hint=f"there is {there or 'none of another tier either'}")
+    lost = f", and what cannot be read: {'; '.join(broken)}" if broken else ""
+    raise InputError(
+        f"{folder}: no file of tier {wanted}{lost}", hint=f"there is {there or 'none of another tier either'}"
+    )
 
 
 def _tier(name: str) -> str | None:
@@ -116,7 +124,8 @@ def plan_service(
 
     Raises ResourceError when nothing fits or there is no server, InputError for files that are no models, UsageError.
     """
-    files = resolve(place, folder)
+    unreadable: list[str] = []
+    files = resolve(place, folder, unreadable)
     found = find_server(None if server is None else Path(server))
     reasons = [
         "llama-server at " + found.command[0]
@@ -159,7 +168,7 @@ def plan_service(
         trained, sampling = facts(model).context_length, sampling_defaults(model, odd)
     if sampling:
         reasons.append("sampling defaults of the model: " + ", ".join(f"{k} {v:g}" for k, v in sampling.items()))
-    warnings = [*answer.warnings, *odd]
+    warnings = [*(f"passed over: {one}" for one in unreadable), *answer.warnings, *odd]
     if trained and answer.ctx > trained:
         warnings.append(f"{best.name} was trained on {trained} tokens")
     if parallel and together != parallel:
@@ -187,9 +196,7 @@ def _search(
         trained = facts(model).context_length or AUTO_CONTEXTS[0]
     if isinstance(ctx, str):
         if ctx != "auto":
-            if not ctx.isdecimal() or int(ctx) < 1:
-                raise UsageError(f"a context of {ctx!r}: a number of tokens, or auto")
-            contexts = [int(ctx)]
+            contexts = [parse_ctx(ctx)]
         else:
             contexts = [min(AUTO_CONTEXTS[0], trained), *(one for one in AUTO_CONTEXTS[1:] if one < trained)]
     else:

@@ -84,6 +84,8 @@ def load_file(path: Path, loading: Loading, name: str | None = None) -> None:
     """Add the documents of one file. `name` stands for it in messages."""
     name = name or str(path)
     if path.suffix.lower() not in READERS:
+        if not os.path.lexists(path):
+            raise InputError(f"{name}: no such file")
         raise InputError(f"{name}: is not text that can be read; known endings: {', '.join(READERS)}")
     reader, most = READERS[path.suffix.lower()]
     fd, size = open_regular(str(path))
