@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -102,35 +101,19 @@ def _refuse_quantized(config: RunConfig, made: Plan) -> None:
 def smallest(config: RunConfig, model: GGUFModel, matrix: Importance | None = None) -> int:
     """Bytes of the smallest file that `sizes` could become, with the best that calibration may bring where there is no
     matrix yet. What is measured may leave less choice, never more. Raises UsageError where no type is left."""
+    from apex_quant.allocation.beforehand import Free
     from apex_quant.allocation.choices import make_space
     from apex_quant.allocation.constraints import Constraints, as_types
 
     space = make_space(
         model,
-        _Free(tuple(model.tensors), as_types(config.optimize.types or None)),
+        Free(model),
         importance=matrix if matrix is not None else _all_reached(model),
         constraints=Constraints(types=as_types(config.optimize.types or None)),
         options=plan_options(config),
         pruned=False,
     )
     return space.bounds()[0]
-
-
-@dataclass(frozen=True)
-class _Free:
-    """Costs (allocation/space.py) of a measurement that found every type to be harmless."""
-
-    tensors: Sequence[str]
-    known: Sequence[str]
-
-    def types(self, tensor: str) -> Sequence[str]:
-        return self.known
-
-    def cost(self, tensor: str, kind: str) -> float:
-        return 0.0
-
-    def corrected(self, total: float) -> float:
-        return total
 
 
 def _all_reached(model: GGUFModel) -> Importance:
