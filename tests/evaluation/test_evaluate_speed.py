@@ -77,6 +77,7 @@ def test_harness_tasks_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_
             raise ResourceError("the server ended")
 
     monkeypatch.setattr(module, "run_harness", ask)
+    monkeypatch.setattr(module, "find_lm_eval", lambda: ("lm_eval",))  # looked for before anything is measured
     plan = HarnessPlan(("gsm8k", "ifeval"), limit=4)
     with pytest.raises(ResourceError, match="the server ended"):
         evaluate(MODEL, only=[], harness=plan, out=out, options=ONE)

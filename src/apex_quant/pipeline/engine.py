@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ def run(
         try:
             engine.run()
         except ApexError:
-            tell(summarize(context, engine.runs, time.monotonic() - started, dry_run=False))
+            with suppress(ApexError):  # the first error is the one to be told
+                tell(summarize(context, engine.runs, time.monotonic() - started, dry_run=False))
             raise
         context.state.prune()
         context.state.save()
