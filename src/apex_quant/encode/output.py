@@ -22,7 +22,6 @@ from apex_quant.recipe.metadata import DATA_HASH, LIBRARY_COMMIT, RESERVED, SOUR
 from apex_quant.recipe.planned import Plan
 
 _HASH_BLOCK = 8 << 20
-# How long a new run waits for the child of a killed one to notice and end: it finishes the rows in hand first.
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Program:
         self._reader.join(timeout=_EXTRA)
 
     def answers(self, host: str, port: int, path: str) -> bool:
-        """Whether it runs, it is what listens at that port, and a GET of `path` there is answered by 200."""
+        """Whether it runs, nobody else is seen to listen at that port, and a GET of `path` there is answered by 200."""
         if self.status is not None:
             return False
         self._strangers = _strangers(self._guard.pid, port)
@@ -147,8 +147,10 @@ class Program:
 def _strangers(pid: int, port: int) -> list[int]:
     """Processes that listen at the port and are neither `pid` nor of its descent: somebody else may have taken it, and
     answer. None where the listener is not known: Linux alone tells, and only of processes that may be looked into."""
-    tables = [path for path in map(Path, ("/proc/net/tcp", "/proc/net/tcp6")) if path.exists()]
-    rows = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
+    rows: list[list[str]] = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            rows += [line.split() for line in Path(table).read_text().splitlines()[1:]]
     sockets = {f"socket:[{row[9]}]" for row in rows if row[3] == _LISTEN and int(row[1][-4:], 16) == port}
     listeners = [one for one in _processes() if _holds(one, sockets)] if sockets else []
     return [] if any(pid in _line(one) for one in listeners) else listeners

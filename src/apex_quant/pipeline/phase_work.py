@@ -125,10 +125,8 @@ def _recipes(config: RunConfig, facts: SourceFacts, cores: int) -> Work:
     text, whole = config.optimize.tokens or _PROBE_TOKENS, (facts.weights or 0) / 1e6 * TYPICAL / cores
     tokens = text * _PROBES * facts.layers
     times: dict[str, float | None] = dict.fromkeys(facts.outputs, _PLANNING)
-    measured, sizes = (
-        config.optimize.sensitivity != "measure",
-        [name for name in facts.outputs if name not in config.wanted_tiers],
-    )
+    measured = config.optimize.sensitivity != "measure"
+    sizes = [name for name in facts.outputs if name not in config.wanted_tiers]
     for name in sizes:
         read, candidate = _reading(0 if measured else tokens, facts, cores), _reading(text_tokens(config), facts, cores)
         encoded = whole * (_CANDIDATES + (0 if measured else _PROBES_ENCODED))

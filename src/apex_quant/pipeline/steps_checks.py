@@ -228,15 +228,13 @@ def baselines_claims(context: Context, item: Item) -> Iterable[Path]:
 def _at_commit(context: Context, spec: str) -> str:
     """The spec at the commit at which this run first took its repository: what an interrupted run has measured stays
     true when there is a newer one. Raises what looking it up raises."""
-    from apex_quant.hub import BASELINE, repository
-    from apex_quant.hub_access import explained, retried
+    from apex_quant.hub import BASELINE, looked_up
 
     words = BASELINE.fullmatch(spec)
     assert words is not None  # the configuration has looked
     repo, revision = words["repo"], words["revision"]
     if (commit := context.pinned(repo, revision, "baselines")) == revision:
-        with explained(repo):
-            commit = retried(lambda: repository(repo, revision)).commit
+        commit = looked_up(repo, revision, progress=context.tell).commit
         context.pin(repo, revision, commit, "baselines")
         context.state.save()
     return f"{repo}@{commit}:{words['pattern']}:{words['label'] or repo}"
